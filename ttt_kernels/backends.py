@@ -1,0 +1,156 @@
+"""Which backend can serve a call, and why another cannot."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ttt_kernels import extension
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+"""Every backend, the best first."""
+
+_ENVIRONMENT = "TTT_KERNELS_BACKEND"
+_default: list[str] = []
+
+Refusal = Callable[[tuple[Tensor, ...]], str | None]
+"""Why a backend's kernels of one operator cannot serve these tensors, or None when they can."""
+
+
+def _missing(name: str) -> str | None:
+    """Why a backend cannot run on this machine at all, or None."""
+    if name == "cpu":
+        return extension.missing or None
+    if name == "triton":
+        if find_spec("triton") is None:
+            return "the triton package is not installed"
+        return "no operator has Triton kernels in this version"
+    if name == "cuda":
+        return "no operator has CUDA kernels in this version"
+    return None
+
+
+def available() -> tuple[str, ...]:
+    """Names of the backends that can run on this machine, the best first."""
+    return tuple(name for name in NAMES if _missing(name) is None)
+
+
+def _check_name(name: str, source: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"{source} is {name!r}; accepted are {', '.join(map(repr, reversed(NAMES)))}")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the context, calls that name no backend use this one (and raise where it cannot serve them).
+
+    Raises:
+        ValueError: the name is unknown, or the backend cannot run on this machine.
+    """
+    _check_name(name, "use_backend's name")
+    reason = _missing(name)
+    if reason is not None:
+        raise ValueError(f"use_backend({name!r}): {reason}; available here: {', '.join(available())}")
+    _default.append(name)
+    try:
+        yield
+    finally:
+        _default.pop()
+
+
+def _default_name() -> str | None:
+    if _default:
+        return _default[-1]
+    name = os.environ.get(_ENVIRONMENT) or None
+    if name is not None:
+        _check_name(name, f"the environment variable {_ENVIRONMENT}")
+    return name
+
+
+def _transform_refusal(name: str, tensors: tuple[Tensor, ...]) -> str | None:
+    if name == "reference" or torch.compiler.is_compiling() or not in_transform(tensors):
+        return None
+    return (
+        "its kernels have no rule for forward mode or torch.func transforms (a registered operator would "
+        "return zeros for the tangent without a word)"
+    )
+
+
+def in_transform(tensors: Iterable[Tensor]) -> bool:
+    """Whether any tensor is a dual tensor or wrapped by a torch.func transform (jvp, vmap, grad)."""
+    for t in tensors:
+        if torch._C._functorch.is_functorch_wrapped_tensor(t):
+            return True
+        if t.is_floating_point() and torch.autograd.forward_ad.unpack_dual(t).tangent is not None:
+            return True
+    return False
+
+
+def select(
+    operator: str, backend: str | None, tensors: tuple[Tensor, ...], refusals: dict[str, Refusal]
+) -> str:
+    """The backend that serves a call of `operator`: the one asked for, or else the best that can.
+
+    Raises:
+        ValueError: the backend asked for (by argument, `use_backend` or the environment) cannot serve the
+            call; the message says why, and what can.
+    """
+    asked = backend if backend is not None else _default_name()
+    if asked is not None:
+        _check_name(asked, "backend")
+        reason = _refusal(operator, asked, tensors, refusals)
+        if reason is not None:
+            can = [n for n in NAMES if _refusal(operator, n, tensors, refusals) is None]
+            raise ValueError(f"{operator}: backend {asked!r} cannot serve this call: {reason}; what can: {can}")
+        return asked
+    for name in NAMES:
+        if _refusal(operator, name, tensors, refusals) is None:
+            return name
+    raise AssertionError("the reference backend serves every call")
+
+
+def _refusal(
+    operator: str, name: str, tensors: tuple[Tensor, ...], refusals: dict[str, Refusal]
+) -> str | None:
+    if name == "reference":
+        return None
+    if name not in refusals:
+        return _missing(name) or f"it has no kernel for {operator}"
+    return _missing(name) or _transform_refusal(name, tensors) or refusals[name](tensors)
+
+
+def refuse_on_cpu(tensors: tuple[Tensor, ...]) -> str | None:
+    """What the C++ kernels cannot take: tensors on another device, or of another element type."""
+    for t in tensors:
+        if t.device.type != "cpu":
+            return f"a tensor is on {t.device}"
+        if t.is_floating_point() and t.dtype not in extension.DTYPES:
+            return f"a tensor has dtype {t.dtype}; accepted are {', '.join(map(str, extension.DTYPES))}"
+    return None
+
+
+def backends() -> dict[str, dict[str, object]]:
+    """What can run here, and for what cannot, why.
+
+    Returns:
+        One entry per backend: `available` (bool), `reason` (why not, or None), and `operators`: for each
+        operator that the backend has kernels for, the orders ("forward", "backward", "double_backward")
+        that these kernels serve themselves. Orders that are not listed are computed by the reference
+        formulas on the same device. The cpu entry also has `instruction_set`.
+    """
+    from ttt_kernels.registry import OPERATORS
+
+    table: dict[str, dict[str, object]] = {}
+    for name in NAMES:
+        reason = _missing(name)
+        table[name] = {
+            "available": reason is None,
+            "reason": reason,
+            "operators": {op.name: op.orders(name) for op in OPERATORS.values() if op.orders(name)},
+        }
+    if extension.cpu is not None:
+        table["cpu"]["instruction_set"] = extension.cpu.instruction_set()
+    return table

@@ -1,0 +1,39 @@
+"""The C++ extension, if it was built: the module, or the reason why there is none."""
+
+from importlib import resources
+from types import ModuleType
+
+import torch
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+DTYPES = tuple(_DTYPE_CODES)
+"""Element types that the C++ kernels take."""
+
+cpu: ModuleType | None
+missing: str
+try:
+    # torch is imported above: the extension runs on the thread pool that torch has loaded.
+    from ttt_kernels import _cpu as cpu  # type: ignore[no-redef,attr-defined,unused-ignore]
+
+    missing = ""
+except ImportError as error:
+    cpu = None
+    record = resources.files("ttt_kernels").joinpath("_cpu_build_failure.txt")
+    missing = record.read_text().strip() if record.is_file() else f"the C++ extension does not load: {error}"
+
+
+def kernels() -> ModuleType:
+    """The extension module; callers have asked `backends` first, so that it is there."""
+    assert cpu is not None, missing
+    return cpu
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """Code of an element type in csrc/common/scalar.h."""
+    return _DTYPE_CODES[dtype]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type that the kernels compute in: float64 for float64, otherwise float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

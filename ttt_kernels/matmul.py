@@ -1,0 +1,45 @@
+"""Matrix products by torch's BLAS, at the dtype that this processor multiplies fastest."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def has_native(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies matrices of `dtype` in hardware.
+
+    Without such instructions torch's products of bfloat16 and float16 run at a small fraction of the float32
+    rate (measured on an AVX2 processor: 20 against 140 GFLOP/s, and 1 GFLOP/s for some layouts).
+    """
+    if dtype not in _LOW_PRECISION:
+        return True
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_amx_fp16_supported()
+
+
+def best_dtype(device: str = "cpu") -> torch.dtype:
+    """The dtype in which products are fastest: bfloat16 on a GPU or a processor that has it, else float32."""
+    if torch.device(device).type == "cpu" and not has_native(torch.bfloat16):
+        return torch.float32
+    return torch.bfloat16
+
+
+def operand(t: Tensor) -> Tensor:
+    """`t` as products read it: widened to float32 where that loses nothing and is the only fast way."""
+    if t.device.type == "cpu" and not has_native(t.dtype):
+        return t.float()
+    return t
+
+
+def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """a @ b for matrices or batches of them, accumulated in float32 (float64), in `out_dtype` or a's dtype.
+
+    b may have another dtype (a float32 weight beside bfloat16 activations): it is rounded to a's.
+    """
+    out_dtype = out_dtype or a.dtype
+    return torch.matmul(operand(a), operand(b.to(a.dtype))).to(out_dtype)

@@ -1,0 +1,321 @@
+"""Chains the forward, backward and double backward of an operator as registered operators.
+
+Each order is a `torch.library.custom_op` with a fake implementation, and the autograd formula of one calls
+the next. The last has none, so a derivative that nobody wrote raises and names the operator; a plain
+`torch.autograd.Function` around a raw kernel would return a first-order gradient without an error.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttt_kernels.backends import Refusal, in_transform, select
+
+ORDERS = ("forward", "backward", "double_backward")
+OPERATORS: dict[str, "Operator"] = {}
+"""Every registered operator by name."""
+
+Kernel = Callable[..., Any]
+
+
+def _plain(schema_type: str, value: Any) -> Any:
+    """A kernel's result in the container that a schema returns."""
+    return list(value) if schema_type == "Tensor[]" else value
+
+
+def _unwanted(schema_type: str, arguments: Sequence[Any]) -> Any:
+    """What a schema returns for a result that nobody wants: a tensor without elements, or no tensors."""
+    if schema_type == "Tensor[]":
+        return []
+    some = next(v for a in arguments if a is not None for v in (a if isinstance(a, list | tuple) else [a]))
+    return some.new_empty(0)
+
+
+@dataclass
+class Operator:
+    """One operator: what its three orders take and return, and the kernels that compute them.
+
+    The kernels of a backend are functions named after the orders, with the signatures
+    `forward(*inputs, *params) -> (*outputs, *saved)`,
+    `backward(*d_outputs, *inputs, *saved, *params, needs) -> gradients` and
+    `double_backward(*g_inputs, *d_outputs, *inputs, *saved, *params, needs) -> cotangents`, where `needs`
+    says for each result (gradients: the differentiable inputs; cotangents: the outputs, then the
+    differentiable inputs) whether it is wanted; an unwanted one is None. Saved values are functions of the
+    inputs: derivatives are total.
+
+    Attributes:
+        name: the operator's word, as its folder is called.
+        inputs, params, outputs, saved: name -> schema type ("Tensor", "Tensor?", "Tensor[]", "float", ...).
+        differentiable: the inputs that have gradients.
+        fake: shapes of `forward` without computing it: `fake(*inputs, *params) -> (*outputs, *saved)`.
+        kernels: backend -> order -> function; "reference" serves every order.
+        refusals: backend -> why it cannot serve given tensors.
+    """
+
+    name: str
+    inputs: dict[str, str]
+    params: dict[str, str]
+    outputs: dict[str, str]
+    saved: dict[str, str]
+    differentiable: tuple[str, ...]
+    fake: Kernel
+    kernels: dict[str, dict[str, Kernel]]
+    refusals: dict[str, Refusal] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert set(self.kernels["reference"]) == set(ORDERS), f"{self.name}: reference serves every order"
+        assert set(self.differentiable) <= set(self.inputs)
+        self._diff_index = [list(self.inputs).index(n) for n in self.differentiable]
+        self._forward = self._define_forward()
+        self._double_backward = self._define_double_backward()
+        self._backward = self._define_backward()
+        self._link_forward()
+        self._link_backward()
+        OPERATORS[self.name] = self
+
+    def orders(self, backend: str) -> tuple[str, ...]:
+        """The orders that a backend's own kernels serve."""
+        return tuple(order for order in ORDERS if order in self.kernels.get(backend, {}))
+
+    def select(self, backend: str | None, *inputs: Any) -> str:
+        """The backend for a call; see `backends.select`."""
+        return select(self.name, backend, tuple(_tensors(inputs)), self.refusals)
+
+    def forward(self, *arguments: Any, backend: str) -> tuple[Any, ...]:
+        """Runs `forward(*inputs, *params)` on a backend, recorded for differentiation where that is needed."""
+        return self._call("forward", self._forward, arguments, backend)
+
+    def backward(self, *arguments: Any, needs: Sequence[bool], backend: str) -> tuple[Any, ...]:
+        """Runs `backward(*d_outputs, *inputs, *saved, *params)`, itself differentiable."""
+        return self._call("backward", self._backward, (*arguments, list(needs)), backend)
+
+    def _call(self, order: str, registered: Kernel, arguments: tuple[Any, ...], backend: str) -> tuple[Any, ...]:
+        """The kernel itself where nobody can ask for a derivative, because dispatch costs 10 to 20 us a call."""
+        if backend == "reference":
+            return self.kernels["reference"][order](*arguments)
+        tensors = _tensors(arguments)
+        if not torch.compiler.is_compiling() and _plain_tensors(tensors):
+            return self._kernel(backend, order)(*arguments)
+        return self._record(order, registered, arguments, backend)
+
+    def _record(
+        self, order: str, registered: Kernel, arguments: tuple[Any, ...], backend: str
+    ) -> tuple[Any, ...]:
+        """Calls a registered operator, refusing tangents and transforms, for which it has no rule."""
+        if not torch.compiler.is_compiling() and in_transform(_tensors(arguments)):
+            raise ValueError(
+                f"{self.name} ({order}): forward mode and torch.func transforms do not pass through backend "
+                f"{backend!r}; use backend='reference'"
+            )
+        results = registered(*arguments, backend)
+        results = results if isinstance(results, tuple) else (results,)
+        if order == "forward":
+            return results
+        return tuple(r if need else None for r, need in zip(results, arguments[-1], strict=True))
+
+    def _kernel(self, backend: str, order: str) -> Kernel:
+        return self.kernels[backend].get(order) or self.kernels["reference"][order]
+
+    def _schema(self, arguments: dict[str, str], results: Sequence[str]) -> str:
+        taken = ", ".join(f"{kind} {name}" for name, kind in arguments.items())
+        given = ", ".join(results)
+        return f"({taken}, str backend) -> {given if len(results) == 1 else f'({given})'}"
+
+    def _register(
+        self, order: str, arguments: dict[str, str], results: Sequence[str], fake: Kernel
+    ) -> torch.library.CustomOpDef:
+        has_needs = order != "forward"
+
+        def run(*values: Any) -> Any:
+            *given, backend = values
+            out = self._kernel(backend, order)(*given)
+            flags = given[-1] if has_needs else [True] * len(results)
+            plain = [
+                _plain(kind, v) if need and v is not None else _unwanted(kind, given)
+                for kind, v, need in zip(results, out, flags, strict=True)
+            ]
+            return plain[0] if len(results) == 1 else tuple(plain)
+
+        suffix = "" if order == "forward" else f"_{order}"
+        op = torch.library.custom_op(
+            f"ttt_kernels::{self.name}{suffix}", run, mutates_args=(), schema=self._schema(arguments, results)
+        )
+        op.register_fake(fake)
+        return op
+
+    def _define_forward(self) -> torch.library.CustomOpDef:
+        results = [*self.outputs.values(), *self.saved.values()]
+
+        def fake(*values: Any) -> Any:
+            out = self.fake(*values[:-1])
+            return out[0] if len(results) == 1 else tuple(_plain(k, v) for k, v in zip(results, out, strict=True))
+
+        return self._register("forward", {**self.inputs, **self.params}, results, fake)
+
+    def _define_backward(self) -> torch.library.CustomOpDef:
+        results = [self._gradient_type(self.inputs[n]) for n in self.differentiable]
+
+        def fake(*values: Any) -> Any:
+            needs, start = values[-2], len(self.outputs)
+            likes = [values[start + i] for i in self._diff_index]
+            out = [
+                self._fake_like(like) if need else _unwanted(kind, values)
+                for kind, like, need in zip(results, likes, needs, strict=True)
+            ]
+            return out[0] if len(results) == 1 else tuple(out)
+
+        return self._register("backward", self._backward_arguments(), results, fake)
+
+    def _define_double_backward(self) -> torch.library.CustomOpDef:
+        results = [
+            *self.outputs.values(),
+            *(self._gradient_type(self.inputs[n]) for n in self.differentiable),
+        ]
+        cotangents = {f"g_{n}": self._optional(self.inputs[n]) for n in self.differentiable}
+
+        def fake(*values: Any) -> Any:
+            needs, start = values[-2], len(self.differentiable)
+            d_outputs = values[start : start + len(self.outputs)]
+            inputs = values[start + len(self.outputs) :]
+            likes = [*d_outputs, *(inputs[i] for i in self._diff_index)]
+            out = [
+                self._fake_like(like) if need else _unwanted(kind, values)
+                for kind, like, need in zip(results, likes, needs, strict=True)
+            ]
+            return out[0] if len(results) == 1 else tuple(out)
+
+        return self._register("double_backward", {**cotangents, **self._backward_arguments()}, results, fake)
+
+    def _backward_arguments(self) -> dict[str, str]:
+        d_outputs = {f"d_{n}": kind for n, kind in self.outputs.items()}
+        return {**d_outputs, **self.inputs, **self.saved, **self.params, "needs": "bool[]"}
+
+    @staticmethod
+    def _gradient_type(kind: str) -> str:
+        return "Tensor" if kind == "Tensor?" else kind
+
+    @staticmethod
+    def _optional(kind: str) -> str:
+        return "Tensor?" if kind == "Tensor" else kind
+
+    @staticmethod
+    def _fake_like(like: Any) -> Any:
+        if isinstance(like, list | tuple):
+            return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in like]
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+    def _link_forward(self) -> None:
+        n_in, n_out, n_par = len(self.inputs), len(self.outputs), len(self.params)
+
+        def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            output = output if isinstance(output, tuple) else (output,)
+            ctx.set_materialize_grads(False)
+            _save(ctx, [*inputs[:n_in], *output[n_out:]])
+            ctx.params, ctx.backend = inputs[n_in:-1], inputs[-1]
+            ctx.like = [_describe(o) for o in output[:n_out]]
+
+        def formula(ctx: Any, *d_all: Any) -> tuple[Any, ...]:
+            values = _restore(ctx)
+            d_outputs = [_filled(d, like) for d, like in zip(d_all[:n_out], ctx.like, strict=True)]
+            needs = [_any(ctx.needs_input_grad[i]) for i in self._diff_index]
+            arguments = (*d_outputs, *values, *ctx.params, needs)
+            grads = self._record("backward", self._backward, arguments, ctx.backend)
+            result = _nones(values[:n_in]) + [None] * (n_par + 1)
+            for i, grad in zip(self._diff_index, grads, strict=True):
+                if grad is not None:
+                    result[i] = grad
+            return tuple(result)
+
+        self._forward.register_autograd(formula, setup_context=setup)
+
+    def _link_backward(self) -> None:
+        n_in, n_out, n_saved, n_par = len(self.inputs), len(self.outputs), len(self.saved), len(self.params)
+
+        def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.set_materialize_grads(False)
+            _save(ctx, inputs[: n_out + n_in + n_saved])
+            ctx.params, ctx.backend = inputs[n_out + n_in + n_saved : -2], inputs[-1]
+
+        def formula(ctx: Any, *g_inputs: Any) -> tuple[Any, ...]:
+            values = _restore(ctx)
+            cotangents = [
+                _list_filled(g, values[n_out + i]) for g, i in zip(g_inputs, self._diff_index, strict=True)
+            ]
+            positions = [*range(n_out), *(n_out + i for i in self._diff_index)]
+            needs = [_any(ctx.needs_input_grad[p]) for p in positions]
+            arguments = (*cotangents, *values, *ctx.params, needs)
+            out = self._record("double_backward", self._double_backward, arguments, ctx.backend)
+            result = _nones(values) + [None] * (n_par + 2)
+            for position, cotangent in zip(positions, out, strict=True):
+                if cotangent is not None:
+                    result[position] = cotangent
+            return tuple(result)
+
+        self._backward.register_autograd(formula, setup_context=setup)
+
+
+def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
+    """The tensors among a kernel's arguments, those in lists included."""
+    values = (v for a in arguments for v in (a if isinstance(a, list | tuple) else (a,)))
+    return [v for v in values if isinstance(v, Tensor)]
+
+
+def _plain_tensors(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing records, traces or transforms these tensors."""
+    if torch._C._len_torch_dispatch_stack() or in_transform(tensors):
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+
+
+def _any(needs: Any) -> bool:
+    return any(needs) if isinstance(needs, list | tuple) else bool(needs)
+
+
+def _save(ctx: Any, values: Sequence[Any]) -> None:
+    """Keeps tensors, lists of tensors and None for the autograd formula."""
+    ctx.layout = [len(v) if isinstance(v, list | tuple) else (-1 if v is None else -2) for v in values]
+    ctx.save_for_backward(*_tensors(values))
+
+
+def _restore(ctx: Any) -> list[Any]:
+    tensors = iter(ctx.saved_tensors)
+    values: list[Any] = []
+    for kind in ctx.layout:
+        if kind == -1:
+            values.append(None)
+        else:
+            values.append(next(tensors) if kind == -2 else [next(tensors) for _ in range(kind)])
+    return values
+
+
+def _describe(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_describe(v) for v in value]
+    return value.shape, value.dtype, value.device
+
+
+def _filled(value: Any, like: Any) -> Any:
+    """A cotangent with zeros where autograd has none."""
+    if isinstance(like, list):
+        value = value if value is not None else [None] * len(like)
+        return [_filled(v, k) for v, k in zip(value, like, strict=True)]
+    shape, dtype, device = like
+    return torch.zeros(shape, dtype=dtype, device=device) if value is None else value
+
+
+def _list_filled(value: Any, like: Any) -> Any:
+    """A schema has lists of tensors but no lists with gaps: those are filled, a single None stays."""
+    if not isinstance(like, list | tuple):
+        return value
+    given = value if value else [None] * len(like)
+    return [torch.zeros_like(k) if v is None else v for v, k in zip(given, like, strict=True)]
+
+
+def _nones(values: Sequence[Any]) -> list[Any]:
+    """No gradient, in the structure that autograd wants for tensors and lists of tensors."""
+    return [[None] * len(v) if isinstance(v, list | tuple) else None for v in values]
