@@ -1,0 +1,85 @@
+"""What the operators' tests share: every order of an operator against float64, with an honest budget."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ttt_kernels.backends import available
+
+BACKENDS = tuple(name for name in available() if name in ("cpu", "reference"))
+"""Backends whose kernels run on CPU tensors here."""
+
+Function = Callable[..., Tensor | Sequence[Tensor]]
+
+
+def draw(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    """Standard normal float64 values, times `scale`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+
+
+def orders(function: Function, inputs: Sequence[Tensor], *, highest: int = 2, seed: int = 0) -> list[list[Tensor]]:
+    """Outputs, gradients and gradients of gradients of a function at `inputs`.
+
+    The first-order loss is the inner product of the outputs with fixed random cotangents; the second-order
+    loss is that of all gradients with fixed random cotangents, differentiated with respect to the inputs and
+    to the first cotangents, so that every term of every formula counts.
+    """
+    leaves = [t.detach().clone().requires_grad_() if t.is_floating_point() else t for t in inputs]
+    wanted = [t for t in leaves if t.requires_grad]
+    out = function(*leaves)
+    outputs = [out] if isinstance(out, Tensor) else list(out)
+    results = [[o.detach() for o in outputs]]
+    if highest == 0:
+        return results
+    cotangents = [
+        draw(*o.shape, seed=seed + i).to(o.dtype).requires_grad_() for i, o in enumerate(outputs)
+    ]
+    first = torch.autograd.grad(outputs, wanted, cotangents, create_graph=highest > 1)
+    results.append([g.detach() for g in first])
+    if highest > 1:
+        seconds = [draw(*g.shape, seed=seed + 100 + i).to(g.dtype) for i, g in enumerate(first)]
+        both = [*wanted, *cotangents]
+        grads = torch.autograd.grad(first, both, seconds, allow_unused=True)
+        results.append([torch.zeros_like(t) if g is None else g for g, t in zip(grads, both, strict=True)])
+    return results
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """Norm of the difference over the norm of the float64 truth; NaN and infinity count as infinite."""
+    difference = (value.double() - truth).norm() / truth.norm().clamp_min(1e-300)
+    return float(difference) if torch.isfinite(difference) else float("inf")
+
+
+def assert_within_budget(
+    function: Callable[[str], Function],
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+    backend: str,
+    *,
+    highest: int = 2,
+    slack: float = 2.0,
+) -> None:
+    """A backend's error at every order is at most `slack` times that of the plain formulas at the same dtype.
+
+    Both are measured against the formulas in float64 on the same (already rounded) inputs.
+
+    Args:
+        function: gives the operator on a backend, as a function of the input tensors.
+        inputs: float64 tensors (rounded to `dtype` here) and integer tensors.
+    """
+    rounded = [t.to(dtype) if t.is_floating_point() else t for t in inputs]
+    wide = [t.double() if t.is_floating_point() else t for t in rounded]
+    truth = orders(function("reference"), wide, highest=highest)
+    honest = orders(function("reference"), rounded, highest=highest)
+    found = orders(function(backend), rounded, highest=highest)
+    floor = 4 * torch.finfo(dtype).eps
+    for order, (exact, plain, own) in enumerate(zip(truth, honest, found, strict=True)):
+        assert any(t.abs().max() > 0 for t in exact if t.numel()), f"order {order}: the truth is all zeros"
+        for i, (e, p, o) in enumerate(zip(exact, plain, own, strict=True)):
+            if e.numel() == 0:
+                continue
+            budget = slack * relative_error(p, e) + floor
+            error = relative_error(o, e) if e.norm() > 0 else float(o.double().norm())
+            assert error <= budget, f"order {order}, result {i}: error {error:.3g} beyond {budget:.3g}"
