@@ -15,7 +15,16 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 REASON_FILE = "_cpu_build_failure.txt"
-COMMON_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized", "-g0"]
+COMMON_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+    "-g0",
+]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
 
 
@@ -39,7 +48,9 @@ class BuildExtension(build_ext):
             super().run()
         except Exception as error:
             reason.parent.mkdir(parents=True, exist_ok=True)
-            reason.write_text(f"the C++ extension could not be built when the package was installed: {error}\n")
+            reason.write_text(
+                f"the C++ extension could not be built when the package was installed: {error}\n"
+            )
             self.warn(f"ttt_kernels is installed without its C++ kernels: {error}")
             self.extensions = []
 
@@ -56,6 +67,7 @@ class BuildExtension(build_ext):
         depends = [str(p) for p in sorted(Path("csrc").rglob("*.h"))]
         sets = instruction_sets()
         extra = os.environ.get("TTT_KERNELS_CXXFLAGS", "").split()
+
         # The plainest set comes first: of a template of the standard library that several sets
         # instantiate, the linker keeps the first copy, which must run on every processor.
         def compile_kernel(job: tuple[str, str]) -> list[str]:

@@ -15,7 +15,6 @@ namespace {
 using ttt::Dtype;
 using ttt::Kernels;
 
-
 bool runs_here(const std::string& isa) {
     if (isa == "portable") return true;
 #if defined(__x86_64__)
@@ -77,13 +76,11 @@ using from_python = std::conditional_t<std::is_pointer_v<To>, uintptr_t,
                                        std::conditional_t<std::is_same_v<To, Dtype>, int, To>>;
 
 template <class... Args>
-void bind(py::module_& m, const char* name, void (*Kernels::* member)(Args...)) {
-    m.def(
-        name,
-        [member](from_python<Args>... args) {
-            py::gil_scoped_release release;
-            (table.*member)(convert<Args>(args)...);
-        });
+void bind(py::module_& m, const char* name, void (*Kernels::*member)(Args...)) {
+    m.def(name, [member](from_python<Args>... args) {
+        py::gil_scoped_release release;
+        (table.*member)(convert<Args>(args)...);
+    });
 }
 
 }  // namespace

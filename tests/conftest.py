@@ -1,10 +1,26 @@
-"""Settings of every test: uninitialized memory is poisoned, and hypothesis keeps to the time it is given."""
+"""Settings of every test: the installed package is tested, uninitialized memory is poisoned, time is bounded."""
 
+import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+_CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def _prefer_installed_package() -> None:
+    """`python -m pytest` puts the checkout first, where a package installed from it has no compiled extension."""
+    kept = [p for p in sys.path if Path(p or ".").resolve() != _CHECKOUT]
+    before, sys.path[:] = list(sys.path), kept
+    if find_spec("ttt_kernels") is None:
+        sys.path[:] = before
+
+
+_prefer_installed_package()
 
 settings.register_profile(
     "suite", max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]

@@ -1,6 +1,7 @@
 """Which backend can serve a call, and why another cannot."""
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -14,7 +15,16 @@ NAMES = ("cuda", "triton", "cpu", "reference")
 """Every backend, the best first."""
 
 _ENVIRONMENT = "TTT_KERNELS_BACKEND"
-_default: list[str] = []
+
+
+class _Default(threading.local):
+    """Names given to the `use_backend` contexts that a thread is in, the innermost last."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+
+_default = _Default()
 
 Refusal = Callable[[tuple[Tensor, ...]], str | None]
 """Why a backend's kernels of one operator cannot serve these tensors, or None when they can."""
@@ -45,7 +55,7 @@ def _check_name(name: str, source: str) -> None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the context, calls that name no backend use this one (and raise where it cannot serve them).
+    """Within the context, this thread's calls that name no backend use this one, or raise if it cannot.
 
     Raises:
         ValueError: the name is unknown, or the backend cannot run on this machine.
@@ -54,16 +64,16 @@ def use_backend(name: str) -> Iterator[None]:
     reason = _missing(name)
     if reason is not None:
         raise ValueError(f"use_backend({name!r}): {reason}; available here: {', '.join(available())}")
-    _default.append(name)
+    _default.names.append(name)
     try:
         yield
     finally:
-        _default.pop()
+        _default.names.pop()
 
 
 def _default_name() -> str | None:
-    if _default:
-        return _default[-1]
+    if _default.names:
+        return _default.names[-1]
     name = os.environ.get(_ENVIRONMENT) or None
     if name is not None:
         _check_name(name, f"the environment variable {_ENVIRONMENT}")
@@ -81,12 +91,15 @@ def _transform_refusal(name: str, tensors: tuple[Tensor, ...]) -> str | None:
 
 def in_transform(tensors: Iterable[Tensor]) -> bool:
     """Whether any tensor is a dual tensor or wrapped by a torch.func transform (jvp, vmap, grad)."""
-    for t in tensors:
-        if torch._C._functorch.is_functorch_wrapped_tensor(t):
-            return True
-        if t.is_floating_point() and torch.autograd.forward_ad.unpack_dual(t).tangent is not None:
-            return True
-    return False
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors) or has_tangent(tensors)
+
+
+def has_tangent(tensors: Iterable[Tensor]) -> bool:
+    """Whether any tensor is a dual tensor of forward mode."""
+    return any(
+        t.is_floating_point() and torch.autograd.forward_ad.unpack_dual(t).tangent is not None
+        for t in tensors
+    )
 
 
 def select(
@@ -104,10 +117,13 @@ def select(
         reason = _refusal(operator, asked, tensors, refusals)
         if reason is not None:
             can = [n for n in NAMES if _refusal(operator, n, tensors, refusals) is None]
-            raise ValueError(f"{operator}: backend {asked!r} cannot serve this call: {reason}; what can: {can}")
+            raise ValueError(
+                f"{operator}: backend {asked!r} cannot serve this call: {reason}; what can: {can}"
+            )
         return asked
     for name in NAMES:
-        if _refusal(operator, name, tensors, refusals) is None:
+        # Finding out why a backend is missing takes longer than a kernel: not where it has no kernel anyway.
+        if (name in refusals or name == "reference") and _refusal(operator, name, tensors, refusals) is None:
             return name
     raise AssertionError("the reference backend serves every call")
 

@@ -43,3 +43,14 @@ def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """
     out_dtype = out_dtype or a.dtype
     return torch.matmul(operand(a), operand(b.to(a.dtype))).to(out_dtype)
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in place, total being at least as wide as the product; b's dtype as in `mm`."""
+    a, b = operand(a), operand(b.to(a.dtype))
+    if total.dtype != a.dtype:
+        total.add_(torch.matmul(a, b))
+    elif total.dim() == 2:
+        total.addmm_(a, b)
+    else:
+        total.baddbmm_(a, b)

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import make_autograd_impl
 
-from ttt_kernels.backends import Refusal, in_transform, select
+from ttt_kernels.backends import Refusal, has_tangent, in_transform, select
 
 ORDERS = ("forward", "backward", "double_backward")
 OPERATORS: dict[str, "Operator"] = {}
 """Every registered operator by name."""
+_LIBRARY = torch.library.Library("ttt_kernels", "FRAGMENT")
 
 Kernel = Callable[..., Any]
 
@@ -40,17 +42,20 @@ class Operator:
 
     The kernels of a backend are functions named after the orders, with the signatures
     `forward(*inputs, *params) -> (*outputs, *saved)`,
-    `backward(*d_outputs, *inputs, *saved, *params, needs) -> gradients` and
-    `double_backward(*g_inputs, *d_outputs, *inputs, *saved, *params, needs) -> cotangents`, where `needs`
-    says for each result (gradients: the differentiable inputs; cotangents: the outputs, then the
-    differentiable inputs) whether it is wanted; an unwanted one is None. Saved values are functions of the
-    inputs: derivatives are total.
+    `backward(*d_outputs, *inputs, *kept, *saved, *params, needs) -> gradients` and
+    `double_backward(*g_inputs, *d_outputs, *inputs, *kept, *saved, *params, needs) -> cotangents`, where
+    `needs` says for each result (gradients: the differentiable inputs; cotangents: the outputs, then the
+    differentiable inputs) whether it is wanted; an unwanted one is None. Kept outputs and saved values are
+    functions of the inputs: derivatives are total.
 
     Attributes:
         name: the operator's word, as its folder is called.
         inputs, params, outputs, saved: name -> schema type ("Tensor", "Tensor?", "Tensor[]", "float", ...).
         differentiable: the inputs that have gradients.
         fake: shapes of `forward` without computing it: `fake(*inputs, *params) -> (*outputs, *saved)`.
+        keeps: the outputs that `backward` and `double_backward` are given too.
+        fake_backward: what the gradients look like, where they are not like the differentiable inputs:
+            `fake_backward(*inputs, *params) -> gradients`.
         kernels: backend -> order -> function; "reference" serves every order.
         refusals: backend -> why it cannot serve given tensors.
     """
@@ -64,11 +69,14 @@ class Operator:
     fake: Kernel
     kernels: dict[str, dict[str, Kernel]]
     refusals: dict[str, Refusal] = field(default_factory=dict)
+    keeps: tuple[str, ...] = ()
+    fake_backward: Kernel | None = None
 
     def __post_init__(self) -> None:
         assert set(self.kernels["reference"]) == set(ORDERS), f"{self.name}: reference serves every order"
         assert set(self.differentiable) <= set(self.inputs)
         self._diff_index = [list(self.inputs).index(n) for n in self.differentiable]
+        self._kept_index = [list(self.outputs).index(n) for n in self.keeps]
         self._forward = self._define_forward()
         self._double_backward = self._define_double_backward()
         self._backward = self._define_backward()
@@ -89,10 +97,12 @@ class Operator:
         return self._call("forward", self._forward, arguments, backend)
 
     def backward(self, *arguments: Any, needs: Sequence[bool], backend: str) -> tuple[Any, ...]:
-        """Runs `backward(*d_outputs, *inputs, *saved, *params)`, itself differentiable."""
+        """Runs `backward(*d_outputs, *inputs, *kept, *saved, *params)`, itself differentiable."""
         return self._call("backward", self._backward, (*arguments, list(needs)), backend)
 
-    def _call(self, order: str, registered: Kernel, arguments: tuple[Any, ...], backend: str) -> tuple[Any, ...]:
+    def _call(
+        self, order: str, registered: Kernel, arguments: tuple[Any, ...], backend: str
+    ) -> tuple[Any, ...]:
         """The kernel itself where nobody can ask for a derivative, because dispatch costs 10 to 20 us a call."""
         if backend == "reference":
             return self.kernels["reference"][order](*arguments)
@@ -144,14 +154,39 @@ class Operator:
             f"ttt_kernels::{self.name}{suffix}", run, mutates_args=(), schema=self._schema(arguments, results)
         )
         op.register_fake(fake)
+        self._refuse_tangents(op, order)
         return op
+
+    def _refuse_tangents(self, op: torch.library.CustomOpDef, order: str) -> None:
+        """Raises where a tangent reaches the registered operator itself, whose result would have none.
+
+        `_record` sees tangents first, except in code that torch.compile traces (measured with torch 2.13: a
+        compiled torch.func.jvp gave zeros, a dual tensor none). A device's own autograd key goes before the
+        general one that custom_op fills.
+        """
+        record = make_autograd_impl(op._opoverload, op)
+
+        def guard(keyset: Any, *arguments: Any) -> Any:
+            if has_tangent(_tensors(arguments)):
+                raise ValueError(
+                    f"{self.name} ({order}): a registered operator has no rule for forward mode; use "
+                    f"backend='reference'"
+                )
+            return record(keyset, *arguments)
+
+        for key in ("AutogradCPU", "AutogradCUDA"):
+            _LIBRARY.impl(op._opoverload, guard, key, with_keyset=True)
 
     def _define_forward(self) -> torch.library.CustomOpDef:
         results = [*self.outputs.values(), *self.saved.values()]
 
         def fake(*values: Any) -> Any:
             out = self.fake(*values[:-1])
-            return out[0] if len(results) == 1 else tuple(_plain(k, v) for k, v in zip(results, out, strict=True))
+            return (
+                out[0]
+                if len(results) == 1
+                else tuple(_plain(k, v) for k, v in zip(results, out, strict=True))
+            )
 
         return self._register("forward", {**self.inputs, **self.params}, results, fake)
 
@@ -160,7 +195,10 @@ class Operator:
 
         def fake(*values: Any) -> Any:
             needs, start = values[-2], len(self.outputs)
-            likes = [values[start + i] for i in self._diff_index]
+            inputs = values[start : start + len(self.inputs)]
+            likes = [inputs[i] for i in self._diff_index]
+            if self.fake_backward is not None:
+                likes = self.fake_backward(*inputs, *values[len(values) - 2 - len(self.params) : -2])
             out = [
                 self._fake_like(like) if need else _unwanted(kind, values)
                 for kind, like, need in zip(results, likes, needs, strict=True)
@@ -191,7 +229,8 @@ class Operator:
 
     def _backward_arguments(self) -> dict[str, str]:
         d_outputs = {f"d_{n}": kind for n, kind in self.outputs.items()}
-        return {**d_outputs, **self.inputs, **self.saved, **self.params, "needs": "bool[]"}
+        kept = {n: self.outputs[n] for n in self.keeps}
+        return {**d_outputs, **self.inputs, **kept, **self.saved, **self.params, "needs": "bool[]"}
 
     @staticmethod
     def _gradient_type(kind: str) -> str:
@@ -213,7 +252,7 @@ class Operator:
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             output = output if isinstance(output, tuple) else (output,)
             ctx.set_materialize_grads(False)
-            _save(ctx, [*inputs[:n_in], *output[n_out:]])
+            _save(ctx, [*inputs[:n_in], *(output[i] for i in self._kept_index), *output[n_out:]])
             ctx.params, ctx.backend = inputs[n_in:-1], inputs[-1]
             ctx.like = [_describe(o) for o in output[:n_out]]
 
@@ -232,17 +271,20 @@ class Operator:
         self._forward.register_autograd(formula, setup_context=setup)
 
     def _link_backward(self) -> None:
-        n_in, n_out, n_saved, n_par = len(self.inputs), len(self.outputs), len(self.saved), len(self.params)
+        n_out, n_par = len(self.outputs), len(self.params)
+        n_values = n_out + len(self.inputs) + len(self.keeps) + len(self.saved)
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.set_materialize_grads(False)
-            _save(ctx, inputs[: n_out + n_in + n_saved])
-            ctx.params, ctx.backend = inputs[n_out + n_in + n_saved : -2], inputs[-1]
+            _save(ctx, inputs[:n_values])
+            ctx.params, ctx.wanted, ctx.backend = inputs[n_values:-2], inputs[-2], inputs[-1]
 
         def formula(ctx: Any, *g_inputs: Any) -> tuple[Any, ...]:
             values = _restore(ctx)
+            # A result that nobody wanted is an empty tensor, and so is its cotangent.
+            given = [g if want else None for g, want in zip(g_inputs, ctx.wanted, strict=True)]
             cotangents = [
-                _list_filled(g, values[n_out + i]) for g, i in zip(g_inputs, self._diff_index, strict=True)
+                _list_filled(g, values[n_out + i]) for g, i in zip(given, self._diff_index, strict=True)
             ]
             positions = [*range(n_out), *(n_out + i for i in self._diff_index)]
             needs = [_any(ctx.needs_input_grad[p]) for p in positions]

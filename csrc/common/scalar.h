@@ -40,14 +40,21 @@ inline To bit_cast(const From& from) {
     return to;
 }
 
-inline float to_compute(float x) { return x; }
-inline double to_compute(double x) { return x; }
-inline float to_compute(bf16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_compute(float x) {
+    return x;
+}
+inline double to_compute(double x) {
+    return x;
+}
+inline float to_compute(bf16 x) {
+    return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
+}
 inline float to_compute(f16 x) {
     const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
     const uint32_t rest = static_cast<uint32_t>(x.bits & 0x7fffu);
     if (rest >= 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
-    // Reading the exponent and fraction as a float scaled by 2^-112 covers normal and subnormal numbers alike.
+    // Reading the exponent and fraction as a float scaled by 2^-112 covers normal and subnormal numbers
+    // alike.
     const float magnitude = bit_cast<float>(rest << 13) * 0x1p112f;
     return bit_cast<float>(sign | bit_cast<uint32_t>(magnitude));
 }

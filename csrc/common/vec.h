@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "common/scalar.h"
-#if defined(__F16C__) || defined(__AVX512BF16__)
+#if defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -61,9 +61,17 @@ inline vd load(const double* p) {
     return v;
 }
 inline vf load(const bf16* p) {
+#if defined(__AVX512F__)
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return bit_cast<vf>(_mm512_slli_epi32(wide, 16));
+#elif defined(__AVX2__)
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return bit_cast<vf>(_mm256_slli_epi32(wide, 16));
+#else
     VecOf<float>::half h;
     std::memcpy(&h, p, sizeof h);
     return bit_cast<vf>(__builtin_convertvector(h, VecOf<float>::bits) << 16);
+#endif
 }
 inline vf load(const f16* p) {
 #if defined(__AVX512F__)
@@ -78,8 +86,12 @@ inline vf load(const f16* p) {
 }
 
 // Stores a vector, rounded to nearest, ties to even.
-inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
-inline void store(double* p, vd v) { std::memcpy(p, &v, sizeof v); }
+inline void store(float* p, vf v) {
+    std::memcpy(p, &v, sizeof v);
+}
+inline void store(double* p, vd v) {
+    std::memcpy(p, &v, sizeof v);
+}
 inline void store(bf16* p, vf v) {
     using bits = VecOf<float>::bits;
     const bits u = bit_cast<bits>(v);

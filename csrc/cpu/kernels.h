@@ -16,21 +16,21 @@
 #include "cpu/swiglu.h"
 
 #define TTT_DECLARE_KERNELS \
-    TTT_DECLARE_RMS_NORM \
-    TTT_DECLARE_ROPE \
-    TTT_DECLARE_SWIGLU \
-    TTT_DECLARE_LINEAR_CE \
+    TTT_DECLARE_RMS_NORM    \
+    TTT_DECLARE_ROPE        \
+    TTT_DECLARE_SWIGLU      \
+    TTT_DECLARE_LINEAR_CE   \
     TTT_DECLARE_CLIPPED_SGD \
-    TTT_DECLARE_SWA \
+    TTT_DECLARE_SWA         \
     TTT_DECLARE_DECODE
 
-#define TTT_KERNELS(X) \
-    TTT_LIST_RMS_NORM(X) \
-    TTT_LIST_ROPE(X) \
-    TTT_LIST_SWIGLU(X) \
-    TTT_LIST_LINEAR_CE(X) \
+#define TTT_KERNELS(X)      \
+    TTT_LIST_RMS_NORM(X)    \
+    TTT_LIST_ROPE(X)        \
+    TTT_LIST_SWIGLU(X)      \
+    TTT_LIST_LINEAR_CE(X)   \
     TTT_LIST_CLIPPED_SGD(X) \
-    TTT_LIST_SWA(X) \
+    TTT_LIST_SWA(X)         \
     TTT_LIST_DECODE(X)
 
 #ifdef TTT_ISA

@@ -2,22 +2,14 @@
 #include <cmath>
 
 #include "common/parallel.h"
+#include "common/reduce.h"
 #include "common/vec.h"
 #include "cpu/kernels.h"
 
 namespace ttt::TTT_ISA {
 namespace {
 
-template <class T, class C = compute_t<T>>
-C sum_of_squares(const T* x, int64_t n) {
-    constexpr int L = lanes<C>;
-    vec<C> s{};
-    int64_t i = 0;
-    for (; i + L <= n; i += L) s += load(x + i) * load(x + i);
-    C total = sum_lanes<C>(s);
-    for (; i < n; ++i) total += to_compute(x[i]) * to_compute(x[i]);
-    return total;
-}
+constexpr int64_t kRowsPerSum = 128;
 
 template <class T, class C = compute_t<T>>
 C weighted_dot(const T* a, const T* b, const C* weight, int64_t n) {
@@ -72,13 +64,23 @@ void backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, cons
         parallel_for((n + L - 1) / L, 1 + 4096 / rows, [&](int64_t begin, int64_t end) {
             const int64_t first = begin * L, last = end * L < n ? end * L : n;
             for (int64_t i = first; i < last; ++i) dw[i] = C(0);
-            for (int64_t row = 0; row < rows; ++row) {
-                const T* xr = x + row * x_stride;
-                const T* dyr = dy + row * dy_stride;
+            // Sums of sums: the error of one long sum would grow with the number of rows.
+            for (int64_t top = 0; top < rows; top += kRowsPerSum) {
+                const int64_t bottom = top + kRowsPerSum < rows ? top + kRowsPerSum : rows;
                 int64_t i = first;
-                for (; i + L <= last; i += L)
-                    store(dw + i, load(dw + i) + rstd[row] * load(dyr + i) * load(xr + i));
-                for (; i < last; ++i) dw[i] += rstd[row] * to_compute(dyr[i]) * to_compute(xr[i]);
+                for (; i + L <= last; i += L) {
+                    vec<C> s{};
+                    for (int64_t row = top; row < bottom; ++row)
+                        s += rstd[row] * load(dy + row * dy_stride + i) * load(x + row * x_stride + i);
+                    store(dw + i, load(dw + i) + s);
+                }
+                for (; i < last; ++i) {
+                    C s(0);
+                    for (int64_t row = top; row < bottom; ++row)
+                        s += rstd[row] * to_compute(dy[row * dy_stride + i]) *
+                             to_compute(x[row * x_stride + i]);
+                    dw[i] += s;
+                }
             }
         });
     }

@@ -34,6 +34,20 @@ operator = Operator(
 )
 
 
+def check(name: str, x: Tensor, weight: Tensor, eps: float) -> None:
+    """Checks the arguments of a norm, for the error messages of `name`."""
+    checks.floating(name, x=x, weight=weight)
+    checks.same_device(name, x=x, weight=weight)
+    checks.weight_dtype(name, x, weight=weight)
+    if x.dim() < 1 or weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"{name}: weight has shape {checks.shape(weight)}; accepted is one dimension of x's last size, "
+            f"x having shape {checks.shape(x)}"
+        )
+    if eps < 0:
+        raise ValueError(f"{name}: eps is {eps}; accepted are values of at least 0")
+
+
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str | None = None) -> Tensor:
     """Root mean square normalization over the last dimension: x (mean(x^2) + eps)^-1/2 weight.
 
@@ -48,16 +62,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str | Non
         reference backend).
 
     Raises:
-        ValueError: an argument has an unsuitable shape, dtype or device, or the backend cannot serve the call.
+        ValueError: an argument has an unsuitable shape, dtype or device, or the backend cannot serve it.
     """
-    checks.floating("rms_norm", x=x, weight=weight)
-    checks.same_device("rms_norm", x=x, weight=weight)
-    checks.weight_dtype("rms_norm", x, weight=weight)
-    if x.dim() < 1 or weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"rms_norm: weight has shape {checks.shape(weight)}; accepted is one dimension of x's last size, "
-            f"x having shape {checks.shape(x)}"
-        )
-    if eps < 0:
-        raise ValueError(f"rms_norm: eps is {eps}; accepted are values of at least 0")
+    check("rms_norm", x, weight, eps)
     return operator.forward(x, weight, eps, backend=operator.select(backend, x, weight))[0]

@@ -1,0 +1,246 @@
+"""Which backend serves a call, who says so, and that it is true."""
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import ttt_kernels
+from tests.harness import BACKENDS, draw
+from ttt_kernels import backends, clipped_sgd, rms_norm, rope, use_backend
+from ttt_kernels.backends import NAMES, available
+from ttt_kernels.registry import OPERATORS, ORDERS
+
+needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+
+
+@pytest.fixture(autouse=True)
+def _no_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TTT_KERNELS_BACKEND", raising=False)
+
+
+def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [draw(*shape, seed=i).float().requires_grad_() for i, shape in enumerate(shapes)]
+
+
+def _rms_norm() -> tuple[Tensor, list[Tensor]]:
+    inputs = leaves((3, 8), (8,))
+    return ttt_kernels.rms_norm(*inputs), inputs
+
+
+def _rope() -> tuple[Tensor, list[Tensor]]:
+    inputs = leaves((1, 3, 2, 8))
+    return ttt_kernels.rope(*inputs, torch.arange(3)), inputs
+
+
+def _swiglu() -> tuple[Tensor, list[Tensor]]:
+    inputs = leaves((1, 3, 4), (5, 4), (5, 4), (4, 5))
+    return ttt_kernels.swiglu(*inputs), inputs
+
+
+def _linear_ce() -> tuple[Tensor, list[Tensor]]:
+    inputs = leaves((3, 4), (7, 4))
+    return ttt_kernels.linear_cross_entropy(*inputs, torch.tensor([1, 6, 0]), reduction="none"), inputs
+
+
+def _clipped_sgd() -> tuple[Tensor, list[Tensor]]:
+    inputs = leaves((2, 8), (2, 8))
+    return ttt_kernels.clipped_sgd(inputs[:1], inputs[1:], lr=0.1, max_norm=1.0).weights[0], inputs
+
+
+def _swa() -> tuple[Tensor, list[Tensor]]:
+    inputs = leaves((1, 3, 2, 4), (1, 3, 1, 4), (1, 3, 1, 4))
+    return ttt_kernels.sliding_window_attention(*inputs, window=2), inputs
+
+
+CALLS = {
+    "rms_norm": _rms_norm,
+    "rope": _rope,
+    "swiglu": _swiglu,
+    "linear_ce": _linear_ce,
+    "clipped_sgd": _clipped_sgd,
+    "swa": _swa,
+}
+"""One call of each operator, giving an output and the inputs that have gradients."""
+
+
+def run(call: Callable[[], tuple[Tensor, list[Tensor]]], order: str) -> None:
+    """Runs a call up to an order."""
+    out, inputs = call()
+    if order == "forward":
+        return
+    loss = (out * draw(*out.shape, seed=5).float().requires_grad_()).square().sum()
+    grads = torch.autograd.grad(loss, inputs, create_graph=order == "double_backward")
+    if order == "double_backward":
+        torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
+    """Every kernel that runs, as (operator, backend, order)."""
+    log: list[tuple[str, str, str]] = []
+
+    def logged(kernel: Callable, key: tuple[str, str, str]) -> Callable:
+        def run_kernel(*arguments: object) -> object:
+            log.append(key)
+            return kernel(*arguments)
+
+        return run_kernel
+
+    for operator in OPERATORS.values():
+        for backend, kernels in operator.kernels.items():
+            for order, kernel in list(kernels.items()):
+                monkeypatch.setitem(kernels, order, logged(kernel, (operator.name, backend, order)))
+    return log
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+@pytest.mark.parametrize("order", ORDERS)
+def test_listed_orders_are_the_backends_own(name: str, order: str, used: list[tuple[str, str, str]]) -> None:
+    """A listed order runs no reference kernel; an order that is not listed is the reference's."""
+    listed = backends()["cpu"]["operators"][name]
+    with use_backend("cpu"):
+        run(CALLS[name], order)
+    needed = ORDERS[: ORDERS.index(order) + 1]
+    assert {(o, b, k) for o, b, k in used} == {
+        (name, "cpu" if k in listed else "reference", k) for k in needed
+    }
+
+
+@needs_cpu
+def test_an_order_without_kernel_is_the_reference_formula(used: list[tuple[str, str, str]]) -> None:
+    assert "double_backward" not in backends()["cpu"]["operators"]["rms_norm"]
+    with use_backend("cpu"):
+        run(_rms_norm, "double_backward")
+    assert ("rms_norm", "reference", "double_backward") in used
+    assert ("rms_norm", "reference", "backward") not in used
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_best_backend_is_the_default(name: str, used: list[tuple[str, str, str]]) -> None:
+    run(CALLS[name], "forward")
+    assert used == [(name, "cpu", "forward")]
+
+
+def test_backends_table() -> None:
+    table = backends()
+    assert tuple(table) == NAMES
+    assert table["reference"]["available"]
+    for name, entry in table.items():
+        assert entry["available"] == (name in available())
+        assert (entry["reason"] is None) == entry["available"]
+    for name in OPERATORS:
+        assert table["reference"]["operators"][name] == ORDERS
+    if "cpu" in BACKENDS:
+        assert table["cpu"]["instruction_set"] in ("portable", "avx2", "avx512", "avx512_bf16")
+
+
+def test_a_missing_extension_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ttt_kernels import extension
+
+    monkeypatch.setattr(extension, "cpu", None)
+    monkeypatch.setattr(extension, "missing", "no compiler was found")
+    assert backends()["cpu"]["reason"] == "no compiler was found"
+    assert "cpu" not in available()
+    out = rms_norm(torch.ones(2, 4), torch.ones(4))
+    assert torch.equal(out, rms_norm(torch.ones(2, 4), torch.ones(4), backend="reference"))
+    with pytest.raises(ValueError, match="backend 'cpu' cannot serve this call: no compiler was found"):
+        rms_norm(torch.ones(2, 4), torch.ones(4), backend="cpu")
+    with (
+        pytest.raises(ValueError, match="no compiler was found; available here: reference"),
+        use_backend("cpu"),
+    ):
+        pass
+
+
+def test_argument_beats_context_beats_environment(
+    monkeypatch: pytest.MonkeyPatch, used: list[tuple[str, str, str]]
+) -> None:
+    x, weight = torch.ones(2, 4), torch.ones(4)
+    with pytest.raises(ValueError, match="'cuda' cannot serve this call"):
+        rms_norm(x, weight, backend="cuda")
+    monkeypatch.setenv("TTT_KERNELS_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="'cuda' cannot serve this call"):
+        rms_norm(x, weight)
+    with use_backend("reference"):
+        rms_norm(x, weight)
+        with pytest.raises(ValueError, match="'triton' cannot serve this call"):
+            rms_norm(x, weight, backend="triton")
+    rms_norm(x, weight, backend="reference")
+    assert used == [("rms_norm", "reference", "forward")] * 2
+    monkeypatch.setenv("TTT_KERNELS_BACKEND", "")
+    rms_norm(x, weight)
+    assert used[-1][1] == BACKENDS[0]
+
+
+@needs_cpu
+def test_contexts_nest_and_end(used: list[tuple[str, str, str]]) -> None:
+    def serves() -> str:
+        rms_norm(torch.ones(2, 4), torch.ones(4))
+        return used[-1][1]
+
+    with use_backend("reference"):
+        with use_backend("cpu"):
+            assert serves() == "cpu"
+        assert serves() == "reference"
+        found: list[str] = []
+        other = threading.Thread(target=lambda: found.append(serves()))
+        other.start()
+        other.join()
+        assert found == ["cpu"]
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert serves() == "cpu"
+
+
+def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.ones(2, 4), torch.ones(4)
+    accepted = "accepted are 'reference', 'cpu', 'triton', 'cuda'"
+    with pytest.raises(ValueError, match=f"backend is 'gpu'; {accepted}"):
+        rms_norm(x, weight, backend="gpu")
+    with pytest.raises(ValueError, match=f"name is 'gpu'; {accepted}"), use_backend("gpu"):
+        pass
+    monkeypatch.setenv("TTT_KERNELS_BACKEND", "gpu")
+    with pytest.raises(ValueError, match=f"TTT_KERNELS_BACKEND is 'gpu'; {accepted}"):
+        rms_norm(x, weight)
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_what_cannot_run_says_why_and_what_can(name: str) -> None:
+    if name in available():
+        pytest.skip(f"{name} runs here")
+    with pytest.raises(
+        ValueError, match=f"rms_norm: backend '{name}' cannot serve .*: .*; what can: .*reference"
+    ):
+        rms_norm(torch.ones(2, 4), torch.ones(4), backend=name)
+    with pytest.raises(ValueError, match=f"use_backend\\('{name}'\\): .*; available here: .*reference"):
+        use_backend(name).__enter__()
+
+
+@needs_cpu
+def test_what_cpu_kernels_cannot_take() -> None:
+    x, weight = torch.ones(2, 4, device="meta"), torch.ones(4, device="meta")
+    with pytest.raises(ValueError, match="'cpu' cannot serve this call: a tensor is on meta"):
+        rms_norm(x, weight, backend="cpu")
+    assert rms_norm(x, weight).device.type == "meta"
+    small = torch.ones(2, 4).to(torch.float8_e4m3fn)
+    with pytest.raises(
+        ValueError, match=r"a tensor has dtype torch.float8_e4m3fn; accepted are torch.float32"
+    ):
+        rms_norm(small, small[0], backend="cpu")
+
+
+@needs_cpu
+def test_results_stay_on_the_inputs_device_under_a_default_device() -> None:
+    x, weight, positions = torch.ones(1, 2, 1, 4), torch.ones(4), torch.arange(2)
+    with torch.device("meta"):
+        results = [
+            rms_norm(x, weight),
+            rope(x, positions),
+            *clipped_sgd([x], [x], lr=0.1, max_norm=1.0, copy_dtype=torch.bfloat16)[0],
+        ]
+    assert all(t.device.type == "cpu" for t in results)
