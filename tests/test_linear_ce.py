@@ -1,0 +1,535 @@
+"""Linear cross-entropy: every order, dtype, layout and instruction set against the formulas in float64."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.harness import BACKENDS, assert_within_budget, draw, relative_error
+from ttt_kernels import backends, linear_cross_entropy, linear_cross_entropy_jvp
+from ttt_kernels.extension import cpu as extension
+from ttt_kernels.linear_ce import blocks, cpu, operator, reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KERNELS = {"cpu": cpu, "reference": reference}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 7 classes, so that small vocabularies have many, the last one short."""
+    for module in ("blocks", "cpu"):
+        monkeypatch.setattr(
+            f"ttt_kernels.linear_ce.{module}.block_size", lambda rows, classes: min(7, classes)
+        )
+
+
+def problem(
+    rows: int, d: int, classes: int, *, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight with logits of order one, and targets, of which about a fifth is ignored (-100)."""
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(classes, (rows,), generator=generator)
+    target[torch.rand(rows, generator=generator) < 0.2] = -100
+    target[0] = classes - 1
+    return (
+        draw(rows, d, seed=seed).to(dtype),
+        draw(classes, d, seed=seed + 1, scale=d**-0.5).to(dtype),
+        target,
+    )
+
+
+def losses(backend: str, **options: Any) -> Callable[..., Tensor]:
+    return lambda x, w, t: linear_cross_entropy(x, w, t, reduction="none", backend=backend, **options)
+
+
+def plain(x: Tensor, weight: Tensor, target: Tensor, reduction: str = "none") -> Tensor:
+    """What torch computes with all logits at once, in float64."""
+    return torch.nn.functional.cross_entropy(x.double() @ weight.double().t(), target, reduction=reduction)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("small_blocks")
+@settings(max_examples=12)
+@given(rows=st.integers(1, 9), d=st.integers(3, 24), classes=st.integers(2, 40))
+def test_every_order_within_budget(backend: str, dtype: torch.dtype, rows: int, d: int, classes: int) -> None:
+    assert_within_budget(losses, problem(rows, d, classes), dtype, backend, slack=3.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("classes", [1, 6, 7, 8, 30])
+@pytest.mark.usefixtures("small_blocks")
+def test_agrees_with_torch(backend: str, reduction: str, classes: int) -> None:
+    x, weight, target = problem(11, 5, classes)
+    leaves = [t.requires_grad_() for t in (x, weight)]
+    own = linear_cross_entropy(*leaves, target, reduction=reduction, backend=backend)
+    truth = plain(*leaves, target, reduction)
+    torch.testing.assert_close(own, truth)
+    d = draw(*own.shape, seed=5)
+    for o, e in zip(torch.autograd.grad(own, leaves, d), torch.autograd.grad(truth, leaves, d), strict=True):
+        torch.testing.assert_close(o, e)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_real_block_sizes(backend: str) -> None:
+    """A vocabulary of several blocks of the size that is used, and one that is no multiple of it."""
+    for rows, classes in ((3, 8192 * 2 + 5), (700, 9001)):
+        assert classes > 2 * blocks.block_size(rows, classes)
+        x, weight, target = problem(rows, 8, classes, dtype=torch.float32)
+        leaves = [t.requires_grad_() for t in (x, weight)]
+        own = linear_cross_entropy(*leaves, target, backend=backend)
+        truth = plain(*leaves, target, "mean")
+        assert own.dtype == torch.float32
+        torch.testing.assert_close(own.double(), truth, rtol=1e-6, atol=0.0)
+        exact = torch.autograd.grad(truth, leaves)
+        for o, e in zip(torch.autograd.grad(own, leaves), exact, strict=True):
+            assert relative_error(o, e.double()) < 1e-5
+        d_nll = (target != -100).float() / (target != -100).sum()
+        nll, _, dx = KERNELS[backend].nll_and_input_gradient(x.detach(), weight.detach(), target, d_nll, -100)
+        torch.testing.assert_close(nll.double(), plain(x, weight, target).detach(), rtol=1e-6, atol=1e-5)
+        assert relative_error(dx, exact[0].double()) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shapes_and_integer_targets(backend: str) -> None:
+    x, weight, target = problem(12, 4, 9)
+    for lead in ((12,), (3, 4), (2, 3, 2)):
+        nll = linear_cross_entropy(
+            x.reshape(*lead, 4), weight, target.reshape(lead).int(), reduction="none", backend=backend
+        )
+        torch.testing.assert_close(nll, plain(x, weight, target).reshape(lead))
+    single = linear_cross_entropy(x[0], weight, target[0], reduction="none", backend=backend)
+    torch.testing.assert_close(single, plain(x, weight, target)[0])
+    empty = linear_cross_entropy(x[:0], weight, target[:0], backend=backend)
+    assert empty == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("small_blocks")
+def test_strides(backend: str) -> None:
+    x, weight, target = problem(10, 6, 17)
+    odd_x = torch.cat([x, x], 1)[:, 6:]
+    odd_weight = weight.t().contiguous().t()
+    odd_target = torch.stack([target, target], 1)[:, 0]
+    leaves = [t.detach().requires_grad_() for t in (odd_x, odd_weight)]
+    own = losses(backend)(*leaves, odd_target)
+    torch.testing.assert_close(own, plain(x, weight, target))
+    # An expanded cotangent, of stride 0.
+    own_grads = torch.autograd.grad(own.sum(), leaves)
+    same = [t.requires_grad_() for t in (x, weight)]
+    for o, e in zip(own_grads, torch.autograd.grad(plain(*same, target).sum(), same), strict=True):
+        torch.testing.assert_close(o, e)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_all_targets_ignored(backend: str, reduction: str) -> None:
+    x, weight, _ = problem(5, 4, 9)
+    leaves = [t.requires_grad_() for t in (x, weight)]
+    loss = linear_cross_entropy(
+        *leaves, torch.full((5,), 3), ignore_index=3, reduction=reduction, backend=backend
+    )
+    assert torch.equal(loss, torch.zeros_like(loss))
+    first = torch.autograd.grad(loss.sum(), leaves, create_graph=True)
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in first)
+    second = torch.autograd.grad(sum(g.sum() for g in first), leaves)
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in second)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 4, 1000])
+def test_ignored_rows_count_for_nothing(backend: str, ignore_index: int) -> None:
+    x, weight, target = problem(9, 4, 6)
+    target = target.masked_fill(target == -100, ignore_index)
+    kept = target != ignore_index
+    leaves = [t.requires_grad_() for t in (x, weight)]
+    own = linear_cross_entropy(*leaves, target, ignore_index=ignore_index, backend=backend)
+    few = linear_cross_entropy(leaves[0][kept], leaves[1], target[kept], ignore_index=-7, backend="reference")
+    torch.testing.assert_close(own, few)
+    for o, e in zip(torch.autograd.grad(own, leaves), torch.autograd.grad(few, leaves), strict=True):
+        torch.testing.assert_close(o, e)
+    d_nll = torch.ones(9, dtype=torch.float64)
+    nll, _, dx = KERNELS[backend].nll_and_input_gradient(
+        x.detach(), weight.detach(), target, d_nll, ignore_index
+    )
+    assert torch.equal(nll[~kept], torch.zeros_like(nll[~kept]))
+    assert torch.equal(dx[~kept], torch.zeros_like(dx[~kept]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.usefixtures("small_blocks")
+def test_huge_logits_do_not_overflow(backend: str, sign: float) -> None:
+    """Logits of 1e4 whose maximum moves from block to block, or is in the first."""
+    x = torch.full((2, 1), 100.0)
+    weight = torch.linspace(90.0, 100.0, 25)[:, None] * sign
+    target = torch.tensor([3, 24])
+    leaves = [t.requires_grad_() for t in (x, weight)]
+    own = losses(backend)(*leaves, target)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    truth = plain(*wide, target)
+    torch.testing.assert_close(own.double(), truth, rtol=1e-5, atol=1e-3)
+    for o, e in zip(
+        torch.autograd.grad(own.sum(), leaves), torch.autograd.grad(truth.sum(), wide), strict=True
+    ):
+        torch.testing.assert_close(o.double(), e, rtol=1e-3, atol=1e-2)
+    d_nll = torch.ones(2)
+    _, _, dx = KERNELS[backend].nll_and_input_gradient(x.detach(), weight.detach(), target, d_nll, -100)
+    torch.testing.assert_close(
+        dx.double(), torch.autograd.grad(plain(*wide, target).sum(), wide[0])[0], rtol=1e-3, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("small_blocks")
+@settings(max_examples=12)
+@given(rows=st.integers(1, 9), d=st.integers(3, 40), classes=st.integers(2, 40))
+def test_nll_and_input_gradient(backend: str, dtype: torch.dtype, rows: int, d: int, classes: int) -> None:
+    x, weight, target = problem(rows, d, classes, dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    d_nll = draw(rows, seed=3).to(wide)
+    d_nll[rows // 2] = 0
+    nll, lse, dx = KERNELS[backend].nll_and_input_gradient(x, weight, target, d_nll, -100)
+    assert (nll.dtype, lse.dtype, dx.dtype) == (wide, wide, dtype)
+    leaf, w = x.double().requires_grad_(), weight.double()
+    truth = plain(leaf, w, target)
+    (exact,) = torch.autograd.grad(truth, leaf, d_nll.double())
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(nll.double(), truth.detach(), rtol=0, atol=16 * torch.finfo(wide).eps)
+    torch.testing.assert_close(
+        lse.double(), torch.logsumexp(x.double() @ w.t(), 1), rtol=8 * eps, atol=8 * eps
+    )
+    # Against the size of the summands: where the class is nearly certain they cancel.
+    scale = (d_nll.double().abs()[:, None] * w.abs().max()).clamp_min(1e-300)
+    slack = 4 if backend == "cpu" else 16
+    assert ((dx.double() - exact).abs() <= slack * eps * scale).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("small_blocks")
+def test_float32_weight_beside_a_half_precision_x(backend: str, dtype: torch.dtype) -> None:
+    x, weight, target = problem(10, 12, 30, dtype=torch.float32)
+    x, weight = x.to(dtype).requires_grad_(), weight.requires_grad_()
+    loss = linear_cross_entropy(x, weight, target, backend=backend)
+    grads = torch.autograd.grad(loss, [x, weight])
+    assert loss.dtype == torch.float32
+    assert [g.dtype for g in grads] == [dtype, torch.float32]
+    rounded = [x.detach().double().requires_grad_(), weight.detach().to(dtype).double().requires_grad_()]
+    truth = plain(*rounded, target, "mean")
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0.0)
+    for grad, exact in zip(grads, torch.autograd.grad(truth, rounded), strict=True):
+        assert relative_error(grad, exact) < 2 * torch.finfo(dtype).eps
+    count = (target != -100).sum()
+    d_nll = (target != -100).float() / count
+    _, _, dx = KERNELS[backend].nll_and_input_gradient(x.detach(), weight.detach(), target, d_nll, -100)
+    torch.testing.assert_close(dx, grads[0], rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sizes = [
+            t.untyped_storage().nbytes() // t.element_size()
+            for t in tree_leaves(out)
+            if isinstance(t, Tensor)
+        ]
+        self.elements = max([self.elements, *sizes])
+        return out
+
+
+@contextmanager
+def largest_tensor() -> Iterator[Largest]:
+    with Largest() as mode:
+        yield mode
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_never_holds_all_logits(backend: str) -> None:
+    rows, classes, d = 256, 50_000, 4
+    x, weight, target = problem(rows, d, classes, dtype=torch.float32)
+    kernels = KERNELS[backend]
+    d_nll = torch.ones(rows)
+    with largest_tensor() as seen:
+        nll, lse = kernels.forward(x, weight, target, -100)
+        kernels.backward(d_nll, x, weight, target, lse, -100, [True, True])
+        kernels.nll_and_input_gradient(x, weight, target, d_nll, -100)
+        reference.double_backward(x, weight, d_nll, x, weight, target, lse, -100, [True] * 3)
+    assert nll.numel() == rows
+    assert classes * d <= seen.elements < rows * classes // 4
+
+
+def test_differentiating_on_cpu_never_holds_all_logits() -> None:
+    rows, classes, d = 256, 50_000, 4
+    x, weight, target = problem(rows, d, classes, dtype=torch.float32)
+    leaves = [t.requires_grad_() for t in (x, weight)]
+    with largest_tensor() as seen:
+        loss = linear_cross_entropy(*leaves, target, backend="cpu")
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+    assert classes * d <= seen.elements < rows * classes // 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("small_blocks")
+def test_gradcheck(backend: str) -> None:
+    x, weight, target = problem(3, 2, 9)
+    target[1] = -100
+    leaves = [t.requires_grad_() for t in (x, weight)]
+    for reduction in ("none", "mean"):
+
+        def function(x: Tensor, w: Tensor, reduction: str = reduction) -> Tensor:
+            return linear_cross_entropy(x, w, target, reduction=reduction, backend=backend)
+
+        assert torch.autograd.gradcheck(function, leaves)
+        assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+@pytest.mark.usefixtures("small_blocks")
+def test_double_backward_with_one_cotangent(kept: int) -> None:
+    x, weight, target = problem(5, 4, 17)
+    leaves = [t.requires_grad_() for t in (x, weight)]
+
+    def seconds(backend: str) -> tuple[Tensor, ...]:
+        loss = losses(backend)(*leaves, target).square().sum()
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        return torch.autograd.grad(first[kept].square().sum(), leaves)
+
+    for own, expected in zip(seconds("cpu"), seconds("reference"), strict=True):
+        torch.testing.assert_close(own, expected)
+
+
+@pytest.mark.parametrize("needs", [[True, False], [False, True], [False, False]])
+def test_backward_returns_what_is_wanted(needs: list[bool]) -> None:
+    x, weight, target = problem(5, 4, 17)
+    _, lse = cpu.forward(x, weight, target, -100)
+    d_nll = draw(5, seed=9)
+    own = cpu.backward(d_nll, x, weight, target, lse, -100, needs)
+    expected = reference.backward(d_nll, x, weight, target, lse, -100, [True, True])
+    for need, o, e in zip(needs, own, expected, strict=True):
+        if need:
+            torch.testing.assert_close(o, e)
+        else:
+            assert o is None
+
+
+def test_registered_operators() -> None:
+    x, weight, target = problem(4, 3, 6)
+    leaves = [t.requires_grad_() for t in (x, weight)]
+    nll, lse = (t.detach() for t in operator.forward(*leaves, target, -100, backend="cpu"))
+    d_nll = torch.randn_like(nll).requires_grad_()
+    torch.library.opcheck(torch.ops.ttt_kernels.linear_ce.default, (*leaves, target, -100, "cpu"))
+    backward = torch.ops.ttt_kernels.linear_ce_backward.default
+    torch.library.opcheck(backward, (d_nll, *leaves, target, lse, -100, [True, True], "cpu"))
+    detached = (d_nll.detach(), x.detach(), weight.detach(), target, lse, -100)
+    torch.library.opcheck(backward, (*detached, [True, False], "cpu"))
+    double = torch.ops.ttt_kernels.linear_ce_double_backward.default
+    g = (torch.randn_like(x), torch.randn_like(weight))
+    torch.library.opcheck(double, (*g, *detached, [True, True, True], "cpu"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_without_a_break(backend: str) -> None:
+    x, weight, target = problem(6, 4, 9)
+    compiled = torch.compile(losses(backend), fullgraph=True, backend="aot_eager")
+    leaves = [t.clone().requires_grad_() for t in (x, weight)]
+    copies = [t.clone().requires_grad_() for t in (x, weight)]
+    compiled(*leaves, target).square().sum().backward()
+    plain(*copies, target).square().sum().backward()
+    for leaf, copy in zip(leaves, copies, strict=True):
+        torch.testing.assert_close(leaf.grad, copy.grad)
+
+
+def test_a_third_derivative_raises_on_cpu_and_works_on_reference() -> None:
+    x, weight, target = problem(4, 3, 6)
+    x.requires_grad_()
+
+    def second(backend: str) -> Tensor:
+        loss = linear_cross_entropy(x, weight, target, backend=backend)
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x, create_graph=True)[0]
+
+    with pytest.raises(RuntimeError, match="linear_ce_double_backward"):
+        torch.autograd.grad(second("cpu").square().sum(), x)
+    with pytest.raises(RuntimeError, match="linear_ce_double_backward"):
+        second("cpu").square().sum().backward()
+    (third,) = torch.autograd.grad(second("reference").square().sum(), x)
+    assert third.abs().max() > 0
+
+
+def test_forward_mode_and_vmap_are_right_or_refused() -> None:
+    x, weight, target = problem(4, 3, 6)
+    tangents = (draw(4, 3, seed=5), draw(6, 3, seed=6))
+
+    def chosen(x: Tensor, w: Tensor) -> Tensor:
+        return linear_cross_entropy(x, w, target)
+
+    value, tangent = torch.func.jvp(chosen, (x, weight), tangents)
+    truth = torch.func.jvp(lambda x, w: plain(x, w, target, "mean"), (x, weight), tangents)
+    torch.testing.assert_close((value, tangent), truth)
+    with pytest.raises(ValueError, match="forward mode"):
+        torch.func.jvp(lambda x, w: losses("cpu")(x, w, target), (x, weight), tangents)
+    each = torch.func.vmap(lambda row, t: losses("reference")(row, weight, t))(x, target)
+    torch.testing.assert_close(each, plain(x, weight, target))
+    with pytest.raises(ValueError, match="transforms"):
+        torch.func.vmap(lambda row, t: losses("cpu")(row, weight, t))(x, target)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.usefixtures("small_blocks")
+def test_jvp_twin(reduction: str) -> None:
+    x, weight, target = problem(6, 3, 17)
+    tangents = (draw(6, 3, seed=5), draw(17, 3, seed=6))
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return plain(x, w, target, reduction)
+
+    own = linear_cross_entropy_jvp(x, weight, target, *tangents, reduction=reduction)
+    torch.testing.assert_close(own, torch.func.jvp(function, (x, weight), tangents))
+    zeros = tuple(torch.zeros_like(t) for t in tangents)
+    own = linear_cross_entropy_jvp(x, weight, target, tangents[0], reduction=reduction)
+    torch.testing.assert_close(own, torch.func.jvp(function, (x, weight), (tangents[0], zeros[1])))
+    own = linear_cross_entropy_jvp(x, weight, target, None, tangents[1], reduction=reduction)
+    torch.testing.assert_close(own, torch.func.jvp(function, (x, weight), (zeros[0], tangents[1])))
+    assert linear_cross_entropy_jvp(x, weight, target)[1] == 0
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_jvp_twin_differentiates_in_reverse() -> None:
+    x, weight, target = problem(3, 2, 9)
+    inputs = [t.requires_grad_() for t in (x, weight, draw(3, 2, seed=5), draw(9, 2, seed=6))]
+
+    def function(x: Tensor, w: Tensor, t_x: Tensor, t_w: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_cross_entropy_jvp(x, w, target, t_x, t_w, reduction="none")
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("isa", extension.instruction_sets() if extension else [])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = extension.instruction_set()
+    extension.choose_instruction_set(isa)
+    try:
+        for size in (1, 5, 16, 67):
+            for module in ("blocks", "cpu"):
+                monkeypatch.setattr(
+                    f"ttt_kernels.linear_ce.{module}.block_size", lambda r, c, s=size: min(s, c)
+                )
+            x, weight, target = problem(9, 11, 150, dtype=dtype)
+            assert_within_budget(losses, (x.double(), weight.double(), target), dtype, "cpu", highest=1)
+            d_nll = draw(9, seed=4).to(torch.promote_types(dtype, torch.float32))
+            own = cpu.nll_and_input_gradient(x, weight, target, d_nll, -100)
+            wide = (x.double(), weight.double(), target, d_nll.double(), -100)
+            for o, e in zip(own, reference.nll_and_input_gradient(*wide), strict=True):
+                assert relative_error(o, e) < 4 * torch.finfo(o.dtype).eps
+    finally:
+        extension.choose_instruction_set(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("small_blocks")
+def test_products_in_half_precision(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of processors with such instructions, which torch emulates on others."""
+    monkeypatch.setattr("ttt_kernels.matmul.has_native", lambda _: True)
+    x, weight, target = problem(9, 11, 30, dtype=dtype)
+    assert_within_budget(losses, (x.double(), weight.double(), target), dtype, "cpu", slack=3.0)
+    d_nll = draw(9, seed=4).float()
+    wide = (x.double(), weight.double(), target, d_nll.double(), -100)
+    exact = reference.nll_and_input_gradient(*wide)
+    for w in (weight, weight.float()):
+        own = cpu.nll_and_input_gradient(x, w, target, d_nll, -100)
+        for o, e in zip(own, exact, strict=True):
+            assert relative_error(o, e) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    logits, target = draw(600, 333, seed=0).float(), torch.arange(600) % 400
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            block, acc = logits.clone(), draw(600, 9, seed=1).float()
+            maximum, sums, picked = torch.full((600,), -1.0), torch.ones(600), torch.zeros(600)
+            pointers = [t.data_ptr() for t in (target, maximum, sums, picked, acc)]
+            extension.linear_ce_online(0, block.data_ptr(), 600, 333, 0, *pointers, 9)
+            results.append(torch.cat([block, acc, maximum[:, None], sums[:, None], picked[:, None]], 1))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_backends_lists_its_own_orders() -> None:
+    assert backends()["cpu"]["operators"]["linear_ce"] == ("forward", "backward")
+    assert backends()["reference"]["operators"]["linear_ce"] == ("forward", "backward", "double_backward")
+
+
+def good() -> dict[str, Any]:
+    return dict(zip(("x", "weight", "target"), problem(4, 3, 6), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(4, 3, dtype=torch.int64)}, "x of shape .4, 3. has dtype torch.int64"),
+        ({"x": torch.tensor(1.0, dtype=torch.float64)}, r"weight has shape \(6, 3\)"),
+        ({"x": torch.ones(4, 2, dtype=torch.float64)}, r"weight has shape \(6, 3\); accepted is \(V, d\)"),
+        ({"weight": torch.ones(3, dtype=torch.float64)}, r"weight has shape \(3,\)"),
+        ({"weight": torch.ones(0, 3, dtype=torch.float64)}, r"weight has shape \(0, 3\)"),
+        ({"weight": torch.ones(6, 3)}, "weight of shape .6, 3. has dtype torch.float32"),
+        ({"weight": None}, "weight must be a tensor, got NoneType"),
+        ({"target": torch.zeros(4)}, "target has dtype torch.float32"),
+        ({"target": [0, 1, 2, 3]}, "target has list"),
+        ({"target": torch.zeros(5, dtype=torch.int64)}, r"target has shape \(5,\); accepted is .* \(4,\)"),
+        ({"target": torch.zeros(4, dtype=torch.int64, device="meta")}, "target is on meta"),
+        ({"reduction": "average"}, "reduction is 'average'"),
+    ],
+)
+def test_unsuitable_arguments(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"linear_cross_entropy: {message}"):
+        linear_cross_entropy(**{**good(), **change})
+    with pytest.raises(ValueError, match=f"linear_cross_entropy_jvp: {message}"):
+        linear_cross_entropy_jvp(**{**good(), **change})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [6, -1, 10**12])
+def test_a_target_outside_the_vocabulary(backend: str, bad: int) -> None:
+    arguments = good()
+    arguments["target"][2] = bad
+    with pytest.raises(ValueError, match=f"target holds {bad}; accepted are the classes 0 to 5"):
+        linear_cross_entropy(**arguments, backend=backend)
+    if backend == "cpu":
+        compiled = torch.compile(losses(backend), fullgraph=True, backend="aot_eager")
+        with pytest.raises(ValueError, match=f"target holds {bad}"):
+            compiled(*arguments.values())
+    with pytest.raises(ValueError, match=f"target holds {bad}"):
+        linear_cross_entropy_jvp(**arguments)
+
+
+def test_unsuitable_tangents_and_backends() -> None:
+    with pytest.raises(ValueError, match=r"x_tangent has shape \(3, 3\)"):
+        linear_cross_entropy_jvp(**good(), x_tangent=torch.ones(3, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"weight_tangent has shape \(6, 3\), torch.float32"):
+        linear_cross_entropy_jvp(**good(), weight_tangent=torch.ones(6, 3))
+    with pytest.raises(ValueError, match="linear_cross_entropy_jvp: backend 'cpu' cannot serve this call"):
+        linear_cross_entropy_jvp(**good(), backend="cpu")
+    with pytest.raises(ValueError, match="backend 'cuda' cannot serve this call"):
+        linear_cross_entropy(**good(), backend="cuda")

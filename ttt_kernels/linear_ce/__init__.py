@@ -1,0 +1,165 @@
+"""Cross-entropy of a linear layer that never holds all logits."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ttt_kernels import checks, tangents
+from ttt_kernels.backends import in_transform, refuse_on_cpu, select
+from ttt_kernels.linear_ce import cpu, jvp, reference, targets
+from ttt_kernels.registry import Operator
+
+Reduction = Literal["none", "sum", "mean"]
+
+
+def _fake(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    dtype = reference.compute_dtype(x)
+    return x.new_empty(target.shape, dtype=dtype), x.new_empty(target.shape, dtype=dtype)
+
+
+operator = Operator(
+    name="linear_ce",
+    inputs={"x": "Tensor", "weight": "Tensor", "target": "Tensor"},
+    params={"ignore_index": "int"},
+    outputs={"nll": "Tensor"},
+    saved={"lse": "Tensor"},
+    differentiable=("x", "weight"),
+    fake=_fake,
+    kernels={
+        "reference": {
+            "forward": reference.forward,
+            "backward": reference.backward,
+            "double_backward": reference.double_backward,
+        },
+        "cpu": {"forward": cpu.forward, "backward": cpu.backward},
+    },
+    refusals={"cpu": refuse_on_cpu},
+)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Cross-entropy of the logits x weight^T, in nats, computed block by block of the vocabulary.
+
+    Args:
+        x: (..., d), any floating dtype; statistics and losses are float32 (float64 for float64).
+        weight: (V, d), x's dtype, or float32 beside a bfloat16 or float16 x: then rounded to x's dtype for
+            the products, its gradient in float32.
+        target: (...), x's leading shape, int64 or int32: a class in [0, V), or `ignore_index`.
+        ignore_index: the target of positions that do not count: loss 0, no gradient.
+        reduction: "none", "sum", or "mean" over the targets that count; a mean over none is 0.
+        backend: None for the best that can run, or a backend's name.
+
+    Returns:
+        The loss, float32 or float64: of target's shape for "none", else without dimensions. Differentiable
+        twice with respect to x and weight (any number of times on the reference backend, where automatic
+        differentiation keeps what every block computed).
+
+    Raises:
+        ValueError: an argument has an unsuitable shape, dtype or device, a target is neither a class nor
+            `ignore_index`, or the backend cannot serve the call.
+    """
+    _check("linear_cross_entropy", x, weight, target, reduction)
+    rows, labels = x.reshape(target.numel(), x.shape[-1]), target.reshape(-1).long()
+    chosen = operator.select(backend, rows, weight, labels)
+    if chosen == "reference":
+        _check_targets(labels, weight, ignore_index)
+    nll = operator.forward(rows, weight, labels, ignore_index, backend=chosen)[0]
+    return _reduced(nll, target, ignore_index, reduction)
+
+
+def linear_cross_entropy_jvp(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    x_tangent: Tensor | None = None,
+    weight_tangent: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy` and its directional derivative along the tangents of x and weight.
+
+    Args:
+        x, weight, target, ignore_index, reduction: as in `linear_cross_entropy`.
+        x_tangent, weight_tangent: shape, dtype and device of their arguments; None is zero and costs nothing.
+        backend: None for the best that can run, or a backend's name.
+
+    Returns:
+        (loss, tangent of the loss), differentiable in reverse any number of times.
+
+    Raises:
+        ValueError: as `linear_cross_entropy`, or a tangent is not like its argument.
+    """
+    _check("linear_cross_entropy_jvp", x, weight, target, reduction)
+    tangents.check("linear_cross_entropy_jvp", x=(x, x_tangent), weight=(weight, weight_tangent))
+    present = tuple(t for t in (x, weight, target, x_tangent, weight_tangent) if t is not None)
+    select("linear_cross_entropy_jvp", backend, present, {})
+    rows, labels = x.reshape(target.numel(), x.shape[-1]), target.reshape(-1).long()
+    _check_targets(labels, weight, ignore_index)
+    t_rows = None if x_tangent is None else x_tangent.reshape(rows.shape)
+    nll, tangent = jvp.forward(rows, weight, labels, t_rows, weight_tangent, ignore_index)
+    return (
+        _reduced(nll, target, ignore_index, reduction),
+        _reduced(tangent, target, ignore_index, reduction),
+    )
+
+
+def _check_targets(target: Tensor, weight: Tensor, ignore_index: int) -> None:
+    """Looks at the values where there are any to look at: not while a call is traced or transformed."""
+    if not torch.compiler.is_compiling() and not in_transform((target, weight)):
+        targets.check(target, weight.shape[0], ignore_index)
+
+
+def _reduced(nll: Tensor, target: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
+    if reduction == "none":
+        return nll.reshape(target.shape)
+    if reduction == "sum":
+        return nll.sum()
+    return nll.sum() / (target != ignore_index).sum().clamp(min=1)
+
+
+def _check(operator: str, x: Tensor, weight: Tensor, target: Tensor, reduction: str) -> None:
+    checks.floating(operator, x=x, weight=weight)
+    if not isinstance(target, Tensor) or target.dtype not in (torch.int64, torch.int32):
+        got = f"dtype {target.dtype}" if isinstance(target, Tensor) else type(target).__name__
+        raise ValueError(f"{operator}: target has {got}; accepted are tensors of torch.int64 and torch.int32")
+    checks.same_device(operator, x=x, weight=weight, target=target)
+    checks.weight_dtype(operator, x, weight=weight)
+    if x.dim() < 1 or weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] < 1:
+        raise ValueError(
+            f"{operator}: weight has shape {checks.shape(weight)}; accepted is (V, d) with V at least 1 and "
+            f"d x's last size, x having shape {checks.shape(x)}"
+        )
+    if target.shape != x.shape[:-1]:
+        raise ValueError(
+            f"{operator}: target has shape {checks.shape(target)}; accepted is x's leading shape "
+            f"{checks.shape(x[..., 0])}, x having shape {checks.shape(x)}"
+        )
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"{operator}: reduction is {reduction!r}; accepted are 'none', 'sum' and 'mean'")
+
+
+def nll_and_input_gradient(
+    x: Tensor, weight: Tensor, target: Tensor, d_nll: Tensor, ignore_index: int, *, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses (N,), their log-sum-exps (N,), and the gradient of x (N, d), in one pass over the vocabulary.
+
+    For an inner step, which needs all of them: logits are computed once instead of twice. Builds no graph.
+
+    Args:
+        x: (N, d). weight: (V, d). target: (N,) int64. d_nll: (N,), cotangent of the losses.
+        ignore_index: as in `linear_cross_entropy`.
+        backend: "reference", or one that has kernels for this operator.
+    """
+    kernels = {"cpu": cpu, "reference": reference}[backend]
+    return kernels.nll_and_input_gradient(x, weight, target, d_nll, ignore_index)

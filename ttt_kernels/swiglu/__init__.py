@@ -1,0 +1,122 @@
+"""The gated MLP: (silu(x Wg^T) * (x Wu^T)) Wd^T."""
+
+from torch import Tensor
+
+from ttt_kernels import checks, tangents
+from ttt_kernels.backends import refuse_on_cpu, select
+from ttt_kernels.registry import Operator
+from ttt_kernels.swiglu import cpu, jvp, reference
+
+
+def _fake(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    saved = (*x.shape[:-1], w_gate.shape[-2])
+    return x.new_empty(x.shape), x.new_empty(saved), x.new_empty(saved)
+
+
+operator = Operator(
+    name="swiglu",
+    inputs={"x": "Tensor", "w_gate": "Tensor", "w_up": "Tensor", "w_down": "Tensor"},
+    params={},
+    outputs={"y": "Tensor"},
+    saved={"gate": "Tensor", "up": "Tensor"},
+    differentiable=("x", "w_gate", "w_up", "w_down"),
+    fake=_fake,
+    kernels={
+        "reference": {
+            "forward": reference.forward,
+            "backward": reference.backward,
+            "double_backward": reference.double_backward,
+        },
+        "cpu": {"forward": cpu.forward, "backward": cpu.backward},
+    },
+    refusals={"cpu": refuse_on_cpu},
+)
+
+
+def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, backend: str | None = None) -> Tensor:
+    """The gated MLP y = (silu(x w_gate^T) * (x w_up^T)) w_down^T (arXiv 2002.05202, equation 6).
+
+    Args:
+        x: (B, T, d), any floating dtype; with shared weights any leading dimensions, (..., d).
+        w_gate: (i, d), shared, or (B, i, d), one set of weights per sequence. x's dtype, or float32 beside a
+            bfloat16 or float16 x: then rounded to x's dtype for the products, its gradient in float32.
+        w_up: as w_gate.
+        w_down: (d, i) or (B, d, i), otherwise as w_gate.
+        backend: None for the best that can run, or a backend's name.
+
+    Returns:
+        x's shape and dtype. Differentiable twice with respect to every argument (any number of times on the
+        reference backend).
+
+    Raises:
+        ValueError: an argument has an unsuitable shape, dtype or device, or the backend cannot serve the
+            call.
+    """
+    _check("swiglu", x, w_gate, w_up, w_down)
+    chosen = operator.select(backend, x, w_gate, w_up, w_down)
+    return operator.forward(x, w_gate, w_up, w_down, backend=chosen)[0]
+
+
+def swiglu_jvp(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    x_tangent: Tensor | None = None,
+    w_gate_tangent: Tensor | None = None,
+    w_up_tangent: Tensor | None = None,
+    w_down_tangent: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`swiglu` and its directional derivative along the tangents of its arguments.
+
+    Args:
+        x, w_gate, w_up, w_down: as in `swiglu`.
+        x_tangent, w_gate_tangent, w_up_tangent, w_down_tangent: shape, dtype and device of their arguments;
+            None is zero and costs nothing.
+        backend: None for the best that can run, or a backend's name.
+
+    Returns:
+        (y, tangent of y), both of x's shape and dtype, differentiable in reverse any number of times.
+
+    Raises:
+        ValueError: as `swiglu`, or a tangent is not like its argument.
+    """
+    _check("swiglu_jvp", x, w_gate, w_up, w_down)
+    tangents.check(
+        "swiglu_jvp",
+        x=(x, x_tangent),
+        w_gate=(w_gate, w_gate_tangent),
+        w_up=(w_up, w_up_tangent),
+        w_down=(w_down, w_down_tangent),
+    )
+    arguments = (x, w_gate, w_up, w_down, x_tangent, w_gate_tangent, w_up_tangent, w_down_tangent)
+    select("swiglu_jvp", backend, tuple(t for t in arguments if t is not None), {})
+    return jvp.forward(*arguments)
+
+
+def _check(operator: str, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> None:
+    checks.floating(operator, x=x, w_gate=w_gate, w_up=w_up, w_down=w_down)
+    checks.same_device(operator, x=x, w_gate=w_gate, w_up=w_up, w_down=w_down)
+    checks.weight_dtype(operator, x, w_gate=w_gate, w_up=w_up, w_down=w_down)
+    if x.dim() < 1:
+        raise ValueError(f"{operator}: x has no dimensions; accepted is (..., d)")
+    if w_gate.dim() not in (2, 3):
+        raise ValueError(
+            f"{operator}: w_gate has shape {checks.shape(w_gate)}; accepted are (i, d), shared, and (B, i, d)"
+        )
+    if w_gate.dim() == 3 and x.dim() != 3:
+        raise ValueError(
+            f"{operator}: x has shape {checks.shape(x)}; accepted is (B, T, d) beside one set of weights per "
+            f"sequence, w_gate having shape {checks.shape(w_gate)}"
+        )
+    batch = tuple(x.shape[:1]) if w_gate.dim() == 3 else ()
+    d, i = x.shape[-1], w_gate.shape[-2]
+    expected = {"w_gate": (w_gate, (i, d)), "w_up": (w_up, (i, d)), "w_down": (w_down, (d, i))}
+    for name, (weight, matrix) in expected.items():
+        if tuple(weight.shape) != (*batch, *matrix):
+            raise ValueError(
+                f"{operator}: {name} has shape {checks.shape(weight)}; accepted is {(*batch, *matrix)}, x "
+                f"having shape {checks.shape(x)} and w_gate {checks.shape(w_gate)}"
+            )

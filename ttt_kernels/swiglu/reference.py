@@ -1,0 +1,120 @@
+"""SwiGLU, its gradient and its gradient's gradient, as formulas.
+
+Forward: G = x Wg^T, U = x Wu^T, H = S U with S = silu(G), y = H Wd^T. A prime is a derivative in G.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ttt_kernels.matmul import mm
+from ttt_kernels.tangents import product, total, transposed
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def wide(t: Tensor) -> Tensor:
+    """t as the functions between products are computed: float32, float64 staying what it is."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def matrices(weight: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Activations as the products take them: batches for batched weights, else one matrix each."""
+    if weight.dim() == 3:
+        return tensors
+    return tuple(t.reshape(math.prod(t.shape[:-1]), t.shape[-1]) for t in tensors)
+
+
+def silu_derivatives(gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """S, S' = s (1 + G (1 - s)) and S'' = s (1 - s) (2 + G (1 - 2 s)), with s the sigmoid of G."""
+    s = torch.sigmoid(gate)
+    return gate * s, s * (1 + gate * (1 - s)), s * (1 - s) * (2 + gate * (1 - 2 * s))
+
+
+def forward(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns y (x's shape), G and U (x.shape[:-1] and the intermediate size), all in x's dtype."""
+    gate, up = mm(x, w_gate.mT), mm(x, w_up.mT)
+    hidden = (torch.nn.functional.silu(wide(gate)) * wide(up)).to(x.dtype)
+    return mm(hidden, w_down.mT), gate, up
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    needs: Sequence[bool],
+) -> Gradients:
+    """dH = dy Wd, dG = dH U S', dU = dH S; dx = dG Wg + dU Wu, dWg = dG^T x, dWu = dU^T x, dWd = dy^T H."""
+    dy_, x_, gate_, up_ = matrices(w_gate, dy, x, gate, up)
+    silu, slope, _ = silu_derivatives(wide(gate_))
+    d_hidden = mm(dy_, w_down, torch.promote_types(x.dtype, torch.float32))
+    d_gate, d_up = (d_hidden * wide(up_) * slope).to(x.dtype), (d_hidden * silu).to(x.dtype)
+    hidden = (silu * wide(up_)).to(x.dtype)
+    return (
+        (mm(d_gate, w_gate) + mm(d_up, w_up)).reshape(x.shape) if needs[0] else None,
+        mm(d_gate.mT, x_, w_gate.dtype) if needs[1] else None,
+        mm(d_up.mT, x_, w_up.dtype) if needs[2] else None,
+        mm(dy_.mT, hidden, w_down.dtype) if needs[3] else None,
+    )
+
+
+def double_backward(
+    g_x: Tensor | None,
+    g_w_gate: Tensor | None,
+    g_w_up: Tensor | None,
+    g_w_down: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Cotangents of dy, x, Wg, Wu and Wd, given those of dx, dWg, dWu and dWd (a, b, c, e).
+
+    <dx, a> + <dWg, b> + <dWu, c> + <dWd, e> is <dy, y^> with y^ the tangent of y along (a, b, c, e):
+    G^ = a Wg^T + x b^T, U^ = a Wu^T + x c^T, H^ = S' U G^ + S U^, y^ = H^ Wd^T + H e^T. So y^ is the
+    cotangent of dy, and the others are the gradient of <dH, H^> + <dy e, H> through G and U, where they
+    stand in both, plus dG and dU through G^ and U^.
+    """
+    dy_, x_, gate_, up_ = matrices(w_gate, dy, x, gate, up)
+    a = None if g_x is None else matrices(w_gate, g_x)[0]
+    b, c, e = (transposed(g) for g in (g_w_gate, g_w_up, g_w_down))
+    compute = torch.promote_types(x.dtype, torch.float32)
+    silu, slope, curve = silu_derivatives(wide(gate_))
+    u = wide(up_)
+    zero = torch.zeros_like(u)
+    t_gate = total(zero, product(a, w_gate.mT, compute), product(x_, b, compute))
+    t_up = total(zero, product(a, w_up.mT, compute), product(x_, c, compute))
+    t_hidden = (slope * u * t_gate + silu * t_up).to(x.dtype)
+
+    d_hidden = mm(dy_, w_down, compute)
+    h_bar = total(zero, product(dy_, g_w_down, compute))
+    gate_bar = (d_hidden * (curve * u * t_gate + slope * t_up) + h_bar * slope * u).to(x.dtype)
+    up_bar = (d_hidden * slope * t_gate + h_bar * silu).to(x.dtype)
+    d_gate, d_up = (d_hidden * u * slope).to(x.dtype), (d_hidden * silu).to(x.dtype)
+
+    d_dy = d_x = d_w_gate = d_w_up = None
+    if needs[0]:
+        d_dy = total(mm(t_hidden, w_down.mT), product((silu * u).to(x.dtype), e))
+    if needs[1]:
+        d_x = total(mm(gate_bar, w_gate), mm(up_bar, w_up), product(d_gate, g_w_gate), product(d_up, g_w_up))
+    if needs[2]:
+        d_w_gate = total(mm(gate_bar.mT, x_, w_gate.dtype), product(d_gate.mT, a, w_gate.dtype))
+    if needs[3]:
+        d_w_up = total(mm(up_bar.mT, x_, w_up.dtype), product(d_up.mT, a, w_up.dtype))
+    return (
+        d_dy.reshape(dy.shape) if d_dy is not None else None,
+        d_x.reshape(x.shape) if d_x is not None else None,
+        d_w_gate,
+        d_w_up,
+        mm(dy_.mT, t_hidden, w_down.dtype) if needs[4] else None,
+    )
