@@ -1,6 +1,23 @@
-// Kernels of swa.
+// Kernels of swa. q, o (B, Tq, H, D), k, v (B, Tk, Hk, D) with unit stride in D and a stride for each of the
+// other dimensions (_b, _t, _h). Query i of sequence b sees the keys [first[b * first_b + i], Tk - Tq + i];
+// first does not fall as i grows. Keys before first[b * first_b] are never read.
 #pragma once
 
-#define TTT_DECLARE_SWA
+#define TTT_DECLARE_SWA                                                                                      \
+    /* -> o (B, Tq, H, D), contiguous; lse (B, H, Tq) in C: log of the sum of e^score, -inf without keys */  \
+    void swa_forward(Dtype dtype, const void* q, int64_t q_b, int64_t q_t, int64_t q_h, const void* k,       \
+                     int64_t k_b, int64_t k_t, int64_t k_h, const void* v, int64_t v_b, int64_t v_t,         \
+                     int64_t v_h, const int64_t* first, int64_t first_b, void* o, void* lse, int64_t B,      \
+                     int64_t Tq, int64_t Tk, int64_t H, int64_t Hk, int64_t D, double scale);                \
+    /* -> dq (B, Tq, H, D), contiguous; dk, dv (B, Tk - key_start, Hk, D) in C, contiguous, added to: the    \
+       gradients of the keys and values from key_start on; each may be null. lse as forward gave it. */      \
+    void swa_backward(Dtype dtype, const void* d_o, int64_t do_b, int64_t do_t, int64_t do_h, const void* q, \
+                      int64_t q_b, int64_t q_t, int64_t q_h, const void* k, int64_t k_b, int64_t k_t,        \
+                      int64_t k_h, const void* v, int64_t v_b, int64_t v_t, int64_t v_h,                     \
+                      const int64_t* first, int64_t first_b, const void* o, int64_t o_b, int64_t o_t,        \
+                      int64_t o_h, const void* lse, void* dq, void* dk, void* dv, int64_t B, int64_t Tq,     \
+                      int64_t Tk, int64_t H, int64_t Hk, int64_t D, int64_t key_start, double scale);
 
-#define TTT_LIST_SWA(X)
+#define TTT_LIST_SWA(X) \
+    X(swa_forward)      \
+    X(swa_backward)

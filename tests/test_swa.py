@@ -1,0 +1,320 @@
+"""Sliding-window attention: every order on every backend against float64 and against dense attention."""
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from tests.harness import BACKENDS, assert_within_budget, draw, orders, relative_error
+from ttt_kernels import backends, sliding_window_attention
+from ttt_kernels.extension import cpu as extension
+from ttt_kernels.swa import operator
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KERNELS = tuple(name for name in BACKENDS if name != "reference")
+INSTRUCTION_SETS = extension.instruction_sets() if extension else []
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "heads first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "dimensions apart": lambda t: t.transpose(1, 3).contiguous().transpose(1, 3),
+    "sliced": lambda t: torch.cat([t, t], 2)[:, :, : t.shape[2]],
+}
+
+
+def on(backend: str, layout: str = "contiguous", **options):
+    place = LAYOUTS[layout]
+    return lambda q, k, v: sliding_window_attention(place(q), place(k), place(v), **options, backend=backend)
+
+
+def qkv(b: int, tq: int, tk: int, heads: int, kv_heads: int, d: int, seed: int = 0) -> list[Tensor]:
+    shapes = ((b, tq, heads, d), (b, tk, kv_heads, d), (b, tk, kv_heads, d))
+    return [draw(*shape, seed=seed + i) for i, shape in enumerate(shapes)]
+
+
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, *, window=None, scale=None, key_lengths=None, cu_seqlens=None
+) -> Tensor:
+    """Attention with its whole matrix of scores, written from the contract alone."""
+    tq, tk, shared = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    query, key = torch.arange(tk - tq, tk)[:, None], torch.arange(tk)
+    seen = (key <= query) & (key > query - (window or tk))
+    if cu_seqlens is not None:
+        sequence = (key[:, None] >= cu_seqlens).sum(1)
+        seen = seen & (sequence[tk - tq :, None] == sequence)
+    seen = seen.expand(q.shape[0], tq, tk)
+    if key_lengths is not None:
+        seen = seen & (key >= tk - key_lengths[:, None, None])
+    scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(shared, 2))
+    weights = torch.exp(scores * (scale or q.shape[3] ** -0.5)) * seen[:, None]
+    weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
+    return torch.einsum("bhij,bjhd->bihd", weights, v.repeat_interleave(shared, 2))
+
+
+CASES = {
+    "one key": ((1, 1, 1, 1, 1, 4), {}),
+    "causal": ((2, 50, 50, 4, 2, 8), {}),
+    "prefix": ((1, 70, 300, 2, 2, 16), {"window": 90, "scale": 0.3}),
+    "several blocks of queries": ((1, 700, 700, 2, 1, 8), {"window": 300}),
+    "window of one": ((1, 9, 20, 2, 1, 4), {"window": 1}),
+    "window smaller than a tile": ((1, 330, 350, 2, 1, 40), {"window": 7}),
+    "window of a tile": ((1, 300, 500, 2, 1, 8), {"window": 96}),
+    "window beyond the keys": ((1, 100, 130, 2, 1, 8), {"window": 1000}),
+    "cache that is not full": ((3, 20, 150, 2, 1, 8), {"key_lengths": [0, 7, 150], "window": 100}),
+    "packed": ((1, 400, 400, 2, 2, 8), {"cu_seqlens": [0, 1, 130, 130, 390, 400], "window": 50}),
+    "packed and not full": ((1, 60, 60, 2, 2, 8), {"cu_seqlens": [0, 20, 60], "key_lengths": [50]}),
+    "one query": ((1, 1, 1300, 2, 1, 40), {}),
+    "few queries of a group": ((1, 2, 1100, 2, 1, 24), {"window": 1000}),
+    "few tasks": ((1, 30, 1500, 1, 1, 16), {"key_lengths": [1400]}),
+    "no keys in a part": ((2, 1, 1200, 1, 1, 16), {"key_lengths": [0, 3]}),
+}
+
+
+def case(name: str) -> tuple[list[Tensor], dict]:
+    sizes, options = CASES[name]
+    return qkv(*sizes), {k: torch.tensor(v) if isinstance(v, list) else v for k, v in options.items()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_dense_attention(backend: str, name: str) -> None:
+    """Forward and both gradients in float64 against the whole matrix of scores."""
+    inputs, options = case(name)
+    leaves = [t.requires_grad_() for t in inputs]
+    cotangent = draw(*inputs[0].shape, seed=5)
+    expected, found = dense(*leaves, **options), on(backend, **options)(*leaves)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+    expected_grads = torch.autograd.grad(expected, leaves, cotangent)
+    for e, f in zip(expected_grads, torch.autograd.grad(found, leaves, cotangent), strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["prefix", "several blocks of queries", "cache that is not full", "packed"])
+def test_second_order_equals_dense_attention(name: str) -> None:
+    """The written double backward against automatic differentiation of the whole matrix of scores."""
+    inputs, options = case(name)
+    leaves = [t.requires_grad_() for t in inputs]
+    d_o = draw(*inputs[0].shape, seed=5).requires_grad_()
+    seconds = [draw(*t.shape, seed=6 + i) for i, t in enumerate(leaves)]
+    results = []
+    for function in (lambda *x: dense(*x, **options), on("cpu" if extension else "reference", **options)):
+        first = torch.autograd.grad(function(*leaves), leaves, d_o, create_graph=True)
+        results.append(torch.autograd.grad(first, [*leaves, d_o], seconds))
+    for expected, found in zip(*results, strict=True):
+        assert relative_error(found, expected) < 1e-11
+
+
+def assert_accurate(function, inputs: list[Tensor], dtype: torch.dtype, highest: int) -> None:
+    """Within the budget of the plain formulas; float64, which is the truth there, within its rounding.
+
+    The kernels normalize by the saved log-sum-exp, whose own rounding the plain softmax does not have.
+    """
+    if dtype != torch.float64:
+        return assert_within_budget(function, inputs, dtype, "cpu", slack=4, highest=highest)
+    truth, found = (orders(function(name), inputs, highest=highest) for name in ("reference", "cpu"))
+    for expected, results in zip(truth, found, strict=True):
+        for e, f in zip(expected, results, strict=True):
+            assert relative_error(f, e) < 1e-13
+    return None
+
+
+@pytest.mark.skipif(not KERNELS, reason="needs the C++ kernels")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_within_budget(dtype: torch.dtype, data: st.DataObject) -> None:
+    pick = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
+    heads, kv_heads = pick((1, 1), (2, 1), (2, 2), (6, 2))
+    b, tq, prefix, d = pick(1, 3), pick(5, 17, 60), pick(0, 1, 40, 100), pick(1, 2, 8, 33, 40)
+    window, layout = pick(None, 2, 3, 30, 500), pick(*sorted(LAYOUTS))
+    options: dict = {"window": window, "scale": pick(None, 0.4)}
+    packing = pick("none", "lengths", "packed")
+    if packing == "lengths":
+        options["key_lengths"] = torch.tensor(
+            [tq + prefix, 2, tq + prefix // 2][:b], dtype=pick(torch.int32, torch.int64)
+        )
+    if packing == "packed":
+        assume(b == 1 and prefix == 0)
+        options["cu_seqlens"] = torch.tensor([0, tq // 3, tq])
+    inputs = qkv(b, tq, tq + prefix, heads, kv_heads, d, seed=tq)
+    assert_accurate(lambda name: on(name, layout, **options), inputs, dtype, highest=2)
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set(name: str, dtype: torch.dtype) -> None:
+    before = extension.instruction_set()
+    extension.choose_instruction_set(name)
+    try:
+        for d in (1, 40, 64, 80, 96, 128):
+            inputs = qkv(1, 110, 210, 2, 1, d)
+            assert_accurate(lambda b: on(b, window=130), inputs, dtype, highest=1)
+        assert_accurate(on, qkv(1, 3, 200, 1, 1, 40), dtype, highest=1)
+    finally:
+        extension.choose_instruction_set(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_derivatives_in_float64(backend: str) -> None:
+    inputs = [t.requires_grad_() for t in qkv(2, 3, 4, 2, 1, 2)]
+    options = {"window": 3, "key_lengths": torch.tensor([4, 2])}
+    assert gradcheck(on(backend, **options), inputs)
+    assert gradgradcheck(on(backend, **options), inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_window_of_one_copies_the_values(backend: str) -> None:
+    q, k, v = (t.float().requires_grad_() for t in qkv(2, 130, 200, 4, 2, 8))
+    o = sliding_window_attention(q, k, v, window=1, backend=backend)
+    torch.testing.assert_close(o, v[:, -130:].repeat_interleave(2, 2))
+    dq, dk, dv = torch.autograd.grad(o.sum(), (q, k, v))
+    torch.testing.assert_close(dv[:, -130:], torch.full_like(dv[:, -130:], 2.0))
+    assert dv[:, :-130].abs().max() == 0
+    assert max(float(dq.abs().max()), float(dk.abs().max())) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("tq", "heads"), [(130, 2), (3, 1)])
+def test_queries_without_keys_and_what_lies_there(backend: str, tq: int, heads: int) -> None:
+    """Invalid keys may hold anything; a query that sees no other has an output and gradients of zero."""
+    q, k, v = (t.float() for t in qkv(2, tq, 150, heads, 1, 8))
+    lengths = torch.tensor([tq - 1, 0])
+    for t in (k, v):
+        t[0, : 150 - tq + 1] = float("nan")
+        t[1] = float("inf")
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    o = sliding_window_attention(*leaves, key_lengths=lengths, backend=backend)
+    d_o = draw(*o.shape, seed=3).float().requires_grad_()
+    first = torch.autograd.grad(o, leaves, d_o, create_graph=True)
+    second = torch.autograd.grad(first, [*leaves, d_o], [torch.ones_like(t) for t in first])
+    assert o[0, 0].abs().max() == 0
+    assert o[1].abs().max() == 0
+    assert o[0, 1:].abs().min() > 0
+    for t in (*first, *second):
+        assert t.isfinite().all()
+        assert t[1].abs().max() == 0
+        assert t[0].abs().max() > 0
+    for t in (first[0], second[0], second[3]):
+        assert t[0, 0].abs().max() == 0
+    for t in (*first[1:], *second[1:3]):
+        assert t[0, : 150 - tq + 1].abs().max() == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_scores_do_not_overflow(backend: str) -> None:
+    q, k, v = (t.float().requires_grad_() for t in qkv(1, 120, 120, 1, 1, 8))
+    found = sliding_window_attention(q, k, v, scale=1000.0, backend=backend)
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    expected = sliding_window_attention(*wide, scale=1000.0, backend="reference")
+    assert relative_error(found.detach(), expected.detach()) < 1e-4
+    expected_dv = torch.autograd.grad(expected.sum(), wide[2])[0]
+    # The log-sum-exp is of the order of 10^4, with an absolute error of 10^-3.
+    assert relative_error(torch.autograd.grad(found.sum(), v)[0], expected_dv) < 3e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expanded_cotangents_and_inputs(backend: str) -> None:
+    leaves = [t.requires_grad_() for t in qkv(1, 7, 9, 2, 1, 6)]
+    many = [t.expand(3, *t.shape[1:]) for t in leaves]
+    found = torch.autograd.grad(sliding_window_attention(*many, backend=backend).sum(), leaves)
+    expected = torch.autograd.grad(3 * dense(*leaves).sum(), leaves)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", [(0, 3, 5, 2, 1, 4), (2, 0, 5, 2, 1, 4)])
+def test_empty(backend: str, sizes: tuple[int, ...]) -> None:
+    leaves = [t.requires_grad_() for t in qkv(*sizes)]
+    o = sliding_window_attention(*leaves, backend=backend)
+    assert o.shape == leaves[0].shape
+    assert all(g.sum() == 0 for g in torch.autograd.grad(o.sum(), leaves))
+
+
+@pytest.mark.skipif(extension is None, reason="needs the C++ kernels")
+@pytest.mark.parametrize("sizes", [(1, 900, 1000, 2, 1, 16), (1, 1, 3000, 2, 1, 16), (1, 20, 3000, 1, 1, 16)])
+def test_same_bits_for_any_number_of_threads(sizes: tuple[int, ...]) -> None:
+    inputs = [t.float().requires_grad_() for t in qkv(*sizes)]
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 7):
+            torch.set_num_threads(n)
+            o = sliding_window_attention(*inputs, window=1500, backend="cpu")
+            results.append([o, *torch.autograd.grad(o.square().sum(), inputs)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif(extension is None, reason="needs the C++ kernels")
+def test_a_sequence_does_not_depend_on_its_neighbours() -> None:
+    q, k, v = (t.float() for t in qkv(3, 100, 200, 2, 1, 16))
+    whole = sliding_window_attention(q, k, v, window=70, backend="cpu")
+    others = [torch.where(torch.arange(3)[:, None, None, None] == 1, t, 7 * t) for t in (q, k, v)]
+    assert torch.equal(sliding_window_attention(*others, window=70, backend="cpu")[1], whole[1])
+
+
+def backward_arguments(key_start: int, dtype: torch.dtype = torch.float64) -> list:
+    q, k, v = (t.to(dtype) for t in qkv(2, 130, 400, 4, 2, 8))
+    lengths = torch.tensor([400, 250])
+    o, lse = operator.forward(q, k, v, lengths, None, 150, 0.4, 0, backend="reference")
+    return [draw(*o.shape, seed=9).to(dtype), q, k, v, lengths, None, o, lse, 150, 0.4, key_start]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_backward_in_every_dtype(backend: str, dtype: torch.dtype) -> None:
+    """The written backward, whose reference automatic differentiation never reaches."""
+    arguments = backward_arguments(0, dtype)
+    wide = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in arguments[:6]]
+    wide += [*operator.forward(*wide[1:], 150, 0.4, 0, backend="reference"), *arguments[8:]]
+    expected = operator.backward(*wide, needs=[True] * 3, backend="reference")
+    for f, e in zip(operator.backward(*arguments, needs=[True] * 3, backend=backend), expected, strict=True):
+        assert f.dtype == dtype
+        assert relative_error(f, e) < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("key_start", [0, 1, 100, 270, 399])
+def test_gradients_of_the_last_keys_only(backend: str, key_start: int) -> None:
+    everything = backward_arguments(0)
+    dq, dk, dv = operator.backward(*everything, needs=[True] * 3, backend="reference")
+    part = backward_arguments(key_start)
+    found = operator.backward(*part, needs=[True] * 3, backend=backend)
+    for f, e in zip(found, (dq, dk[:, key_start:], dv[:, key_start:]), strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1)])
+def test_only_what_is_needed(backend: str, needs: tuple[int, ...]) -> None:
+    arguments = backward_arguments(200, torch.float32)
+    everything = operator.backward(*arguments, needs=[True] * 3, backend=backend)
+    found = operator.backward(*arguments, needs=[bool(n) for n in needs], backend=backend)
+    for need, f, e in zip(needs, found, everything, strict=True):
+        assert (f is None) if not need else torch.equal(f, e)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_from_a_key_on_differentiates(backend: str) -> None:
+    """The engine's inner step is such a call: its derivatives pad the short cotangents of dk and dv."""
+    results = []
+    for name, key_start in ((backend, 270), ("reference", 0)):
+        q, k, v = (t.requires_grad_() for t in qkv(1, 130, 400, 4, 2, 8))
+        d_o = draw(*q.shape, seed=9).requires_grad_()
+        o, lse = operator.forward(q, k, v, None, None, 150, 0.4, 0, backend=name)
+        grads = operator.backward(
+            d_o, q, k, v, None, None, o, lse, 150, 0.4, key_start, needs=[True] * 3, backend=name
+        )
+        grads = [grads[0], *(g[:, 270 - key_start :] for g in grads[1:])]
+        seconds = [draw(*g.shape, seed=20 + i) for i, g in enumerate(grads)]
+        results.append(torch.autograd.grad(grads, [q, k, v, d_o], seconds))
+    for f, e in zip(*results, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-10)
+
+
+def test_orders_that_the_kernels_serve() -> None:
+    if extension is None:
+        pytest.skip("needs the C++ kernels")
+    assert backends()["cpu"]["operators"]["swa"] == ("forward", "backward")

@@ -1,0 +1,243 @@
+"""Sliding-window attention under transforms and compilation, its forward-mode twin, and what it refuses."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
+
+from tests.harness import BACKENDS, draw
+from ttt_kernels import sliding_window_attention, sliding_window_attention_jvp
+from ttt_kernels.swa import operator
+
+KERNELS = tuple(name for name in BACKENDS if name != "reference")
+
+
+def qkv(seed: int = 0) -> list[Tensor]:
+    shapes = ((2, 5, 4, 3), (2, 7, 2, 3), (2, 7, 2, 3))
+    return [draw(*shape, seed=seed + i) for i, shape in enumerate(shapes)]
+
+
+LENGTHS = torch.tensor([7, 4])
+OPTIONS = {"window": 4, "scale": 0.7, "key_lengths": LENGTHS}
+
+
+def samples(backend: str, key_start: int = 0) -> dict[str, tuple]:
+    """Arguments of the three registered operators."""
+    q, k, v = (t.requires_grad_() for t in qkv())
+    given = (q, k, v, LENGTHS.int(), None)
+    params = (4, 0.7, key_start)
+    o, lse = (t.detach() for t in operator.forward(*given, *params, backend="reference"))
+    d_o = draw(*q.shape, seed=3).requires_grad_()
+    g_q, g_k, g_v = (draw(*t.shape, seed=4 + i) for i, t in enumerate((q, k, v)))
+    backward = (d_o, *given, o, lse, *params)
+    return {
+        "": (*given, 4, 0.7, 0, backend),
+        "_backward": (*backward, [True] * 3, backend),
+        "_double_backward": (g_q, g_k[:, key_start:], g_v[:, key_start:], *backward, [True] * 4, backend),
+    }
+
+
+def detached(arguments: tuple) -> tuple:
+    return tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("order", ["", "_backward", "_double_backward"])
+@pytest.mark.parametrize("key_start", [0, 3])
+def test_opcheck(backend: str, order: str, key_start: int) -> None:
+    arguments = samples(backend, key_start)[order]
+    arguments = detached(arguments) if order == "_double_backward" else arguments
+    opcheck(getattr(torch.ops.ttt_kernels, f"swa{order}").default, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wanted", range(3))
+def test_opcheck_of_unwanted_results(backend: str, wanted: int) -> None:
+    *arguments, _, name = samples(backend, 3)["_backward"]
+    flags = [i == wanted for i in range(3)]
+    opcheck(torch.ops.ttt_kernels.swa_backward.default, (*arguments, flags, name))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiles_without_a_break(backend: str, packed: bool) -> None:
+    options: dict = {"window": 4, "backend": backend}
+    if packed:
+        inputs, extra = [draw(1, 7, 2, 3, seed=i) for i in range(3)], {"cu_seqlens": torch.tensor([0, 3, 7])}
+    else:
+        inputs, extra = qkv(), {"key_lengths": LENGTHS}
+    leaves = [t.requires_grad_() for t in inputs]
+
+    def call(q: Tensor, k: Tensor, v: Tensor, extra: dict) -> Tensor:
+        return sliding_window_attention(q, k, v, **options, **extra)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results = [f(*leaves, extra) for f in (call, compiled)]
+    torch.testing.assert_close(results[1], results[0])
+    grads = [torch.autograd.grad(o.square().sum(), leaves) for o in results]
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+def third_order(backend: str) -> tuple[Tensor, list[Tensor]]:
+    leaves = [t.requires_grad_() for t in qkv()]
+    loss = sliding_window_attention(*leaves, **OPTIONS, backend=backend).square().sum()
+    for _ in range(2):
+        grads = torch.autograd.grad(loss, leaves, create_graph=True)
+        loss = sum(g.square().sum() for g in grads)
+    return loss, leaves
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_third_order_raises_and_names_the_operator(backend: str) -> None:
+    loss, leaves = third_order(backend)
+    with pytest.raises(RuntimeError, match="swa_double_backward"):
+        torch.autograd.grad(loss, leaves)
+    loss, _ = third_order(backend)
+    with pytest.raises(RuntimeError, match="swa_double_backward"):
+        loss.backward()
+
+
+def test_third_order_of_the_reference() -> None:
+    loss, leaves = third_order("reference")
+    assert all(t.isfinite().all() and t.abs().max() > 0 for t in torch.autograd.grad(loss, leaves))
+
+
+def test_forward_mode_is_right_or_refused() -> None:
+    inputs, tangents = qkv(), tuple(qkv(seed=10))
+    expected = sliding_window_attention_jvp(*inputs, *tangents, **OPTIONS)
+    found = torch.func.jvp(lambda *t: sliding_window_attention(*t, **OPTIONS), tuple(inputs), tangents)
+    torch.testing.assert_close(found, expected)
+    for backend in KERNELS:
+        with pytest.raises(ValueError, match=r"swa: backend 'cpu' cannot .* forward mode"):
+            torch.func.jvp(
+                lambda *t, name=backend: sliding_window_attention(*t, **OPTIONS, backend=name),
+                tuple(inputs),
+                tangents,
+            )
+
+
+def test_vmap_is_right_or_refused() -> None:
+    inputs = [torch.stack([t, 2 * t]) for t in qkv()]
+    lengths = torch.stack([LENGTHS, LENGTHS - 1])
+
+    def call(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor, backend: str | None = None) -> Tensor:
+        return sliding_window_attention(q, k, v, window=4, key_lengths=key_lengths, backend=backend)
+
+    expected = torch.stack([call(*args) for args in zip(*inputs, lengths, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(call)(*inputs, lengths), expected)
+    for backend in KERNELS:
+        with pytest.raises(ValueError, match=r"swa: backend 'cpu' cannot .* transforms"):
+            torch.func.vmap(lambda *t, name=backend: call(*t, name))(*inputs, lengths)
+
+
+# -- The forward-mode twin ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)])
+def test_jvp_is_the_directional_derivative(given: tuple[int, ...]) -> None:
+    inputs = qkv()
+    tangents = [t if wanted else None for t, wanted in zip(qkv(seed=10), given, strict=True)]
+    o, tangent = sliding_window_attention_jvp(*inputs, *tangents, **OPTIONS)
+    torch.testing.assert_close(o, sliding_window_attention(*inputs, **OPTIONS))
+    step = 1e-5
+    ahead, behind = (
+        sliding_window_attention(
+            *(x if t is None else x + s * t for x, t in zip(inputs, tangents, strict=True)), **OPTIONS
+        )
+        for s in (step, -step)
+    )
+    assert tangent.abs().max() > 0 or not any(given)
+    torch.testing.assert_close(tangent, (ahead - behind) / (2 * step), rtol=1e-7, atol=1e-8)
+
+
+def test_jvp_differentiates_in_reverse() -> None:
+    shapes = ((1, 2, 2, 2), (1, 3, 1, 2), (1, 3, 1, 2)) * 2
+    inputs = [draw(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+
+    def call(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return sliding_window_attention_jvp(*tensors, window=2)
+
+    assert gradcheck(call, inputs)
+    assert gradgradcheck(call, inputs)
+
+
+def test_jvp_keeps_the_dtype_and_ignores_what_is_not_valid() -> None:
+    inputs, tangents = ([t.bfloat16() for t in qkv(seed)] for seed in (0, 10))
+    for t in (*inputs[1:], *tangents[1:]):
+        t[1, :3] = float("nan")
+    o, tangent = sliding_window_attention_jvp(*inputs, *tangents, key_lengths=torch.tensor([7, 4]))
+    assert (o.dtype, tangent.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert tangent.isfinite().all()
+    assert o[1, 0].abs().max() == 0
+    assert tangent[1, 0].abs().max() == 0
+
+
+# -- What is refused ----------------------------------------------------------------------------------------
+
+
+def zeros(*shape: int, **options) -> Tensor:
+    return torch.zeros(shape, **options)
+
+
+PACKED = {"q": zeros(1, 6, 4, 8), "k": zeros(1, 6, 2, 8), "v": zeros(1, 6, 2, 8)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": zeros(5, 4, 8)}, "q has shape (5, 4, 8); accepted is (batch, length, heads, head_dim)"),
+        ({"v": zeros(2, 7, 2, 0)}, "v has shape (2, 7, 2, 0); accepted is (batch, length, heads, head_dim)"),
+        ({"k": None}, "k must be a tensor, got NoneType"),
+        ({"q": zeros(2, 5, 4, 8, dtype=torch.int64)}, "q of shape (2, 5, 4, 8) has dtype torch.int64"),
+        ({"v": zeros(2, 7, 2, 8, dtype=torch.float64)}, "v has dtype torch.float64; accepted is q's dtype"),
+        ({"k": zeros(2, 7, 2, 8, device="meta")}, "k is on meta but q is on cpu"),
+        ({"v": zeros(2, 6, 2, 8)}, "v has shape (2, 6, 2, 8); accepted is k's shape (2, 7, 2, 8)"),
+        ({"q": zeros(3, 5, 4, 8)}, "q has shape (3, 5, 4, 8) and k (2, 7, 2, 8); accepted are equal batch"),
+        ({"q": zeros(2, 5, 4, 6)}, "q has shape (2, 5, 4, 6) and k (2, 7, 2, 8); accepted are equal batch"),
+        ({"q": zeros(2, 5, 3, 8)}, "q has 3 heads and k 2; accepted are multiples"),
+        ({"q": zeros(2, 8, 4, 8)}, "q has length 8 and k 7; accepted are at least as many keys"),
+        ({"window": 0}, "window is 0; accepted are integers of at least 1, and None"),
+        ({"window": 2.0}, "window is 2.0; accepted"),
+        ({"key_lengths": [7, 4]}, "key_lengths has type list; accepted is an int64 or int32 tensor"),
+        ({"key_lengths": zeros(2)}, "key_lengths has dtype torch.float32 and shape (2,); accepted"),
+        ({"key_lengths": torch.tensor(7)}, "key_lengths has dtype torch.int64 and shape (); accepted"),
+        (
+            {"key_lengths": torch.tensor([7])},
+            "key_lengths has shape (1,); accepted is one number per sequence",
+        ),
+        (
+            {"key_lengths": torch.tensor([7, 8])},
+            "key_lengths is [7, 8]; accepted are numbers of keys from 0 to 7",
+        ),
+        ({"key_lengths": torch.tensor([-1, 7])}, "key_lengths is [-1, 7]; accepted"),
+        (
+            {"key_lengths": zeros(2, dtype=torch.int64, device="meta")},
+            "key_lengths is on meta but q is on cpu",
+        ),
+        ({"cu_seqlens": torch.tensor([0, 7])}, "cu_seqlens is given with q of shape (2, 5, 4, 8)"),
+        ({**PACKED, "cu_seqlens": torch.tensor([0])}, "cu_seqlens has shape (1,); accepted are at least two"),
+        ({**PACKED, "cu_seqlens": torch.tensor([1, 6])}, "cu_seqlens is [1, 6]; accepted are boundaries"),
+        ({**PACKED, "cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens is [0, 5]; accepted are boundaries"),
+        ({**PACKED, "cu_seqlens": torch.tensor([0, 4, 3, 6])}, "cu_seqlens is [0, 4, 3, 6]; accepted"),
+        ({**PACKED, "cu_seqlens": torch.tensor([0.0, 6.0])}, "cu_seqlens has dtype torch.float32"),
+    ],
+)
+def test_refuses(changes: dict, message: str) -> None:
+    arguments = {"q": zeros(2, 5, 4, 8), "k": zeros(2, 7, 2, 8), "v": zeros(2, 7, 2, 8), **changes}
+    with pytest.raises(ValueError, match=re.escape(f"sliding_window_attention: {message}")):
+        sliding_window_attention(**arguments)
+    with pytest.raises(ValueError, match=re.escape(f"sliding_window_attention_jvp: {message}")):
+        sliding_window_attention_jvp(**arguments)
+
+
+def test_jvp_refuses() -> None:
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match=r"q_tangent has shape \(2, 7, 2, 3\)"):
+        sliding_window_attention_jvp(q, k, v, k)
+    with pytest.raises(ValueError, match=r"v_tangent has shape .* torch.float32"):
+        sliding_window_attention_jvp(q, k, v, None, None, v.float())
+    with pytest.raises(ValueError, match=r"'cpu' cannot serve this call: .*what can: .'reference'"):
+        sliding_window_attention_jvp(q, k, v, q, backend="cpu")

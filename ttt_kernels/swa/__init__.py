@@ -1,0 +1,140 @@
+"""Causal attention over a sliding window."""
+
+from torch import Tensor
+
+from ttt_kernels import tangents
+from ttt_kernels.backends import refuse_on_cpu, select
+from ttt_kernels.extension import compute_dtype
+from ttt_kernels.registry import Operator
+from ttt_kernels.swa import check, cpu, jvp, reference
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    scale: float,
+    key_start: int,
+) -> tuple[Tensor, Tensor]:
+    b, tq, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((b, heads, tq), dtype=compute_dtype(q.dtype))
+
+
+def _fake_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    scale: float,
+    key_start: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q, k[:, key_start:], v[:, key_start:]
+
+
+operator = Operator(
+    name="swa",
+    inputs={"q": "Tensor", "k": "Tensor", "v": "Tensor", "key_lengths": "Tensor?", "cu_seqlens": "Tensor?"},
+    params={"window": "int?", "scale": "float", "key_start": "int"},
+    outputs={"o": "Tensor"},
+    saved={"lse": "Tensor"},
+    differentiable=("q", "k", "v"),
+    fake=_fake,
+    kernels={
+        "reference": {
+            "forward": reference.forward,
+            "backward": reference.backward,
+            "double_backward": reference.double_backward,
+        },
+        "cpu": {"forward": cpu.forward, "backward": cpu.backward},
+    },
+    refusals={"cpu": refuse_on_cpu},
+    keeps=("o",),
+    fake_backward=_fake_backward,
+)
+"""Attention as a registered operator. Its parameter `key_start` (0 in public calls) says from which key on
+`backward` gives gradients of keys and values, for callers that hold keys which need none; a result that is
+itself differentiated must have been computed with key_start 0."""
+
+
+def sliding_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    key_lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Causal softmax attention in which a query sees itself and the `window - 1` keys before it.
+
+    Query i stands at key position Tk - Tq + i. A query that sees no valid key gives 0, with zero gradients.
+
+    Args:
+        q: (B, Tq, Hq, D), any floating dtype; softmax statistics are float32 (float64 for float64).
+        k, v: (B, Tk, Hk, D), q's dtype; Tk >= Tq, and Hq a multiple of Hk: query head h uses head
+            h // (Hq / Hk).
+        window: keys that a query sees at most, itself included; None for all up to its position.
+        scale: factor of the scores; D**-0.5 where None.
+        key_lengths: (B,) int64 or int32, from 0 to Tk: only that many trailing keys of each sequence are
+            valid. What the others hold, NaN included, never reaches a result.
+        cu_seqlens: (n + 1,) int64 or int32, from 0 to Tk and not falling: boundaries of n sequences packed in
+            a batch of 1 with Tq = Tk; a query sees keys of its own sequence only.
+        backend: None for the best that can run, or a backend's name.
+
+    Returns:
+        (B, Tq, Hq, D) in q's dtype. Differentiable twice with respect to q, k and v (any number of times on
+        the reference backend).
+
+    Raises:
+        ValueError: an argument has an unsuitable shape, dtype, device or value, or the backend cannot serve
+            the call. The values of key_lengths and cu_seqlens are checked for CPU tensors outside
+            torch.compile.
+    """
+    check.arguments("sliding_window_attention", q, k, v, window, key_lengths, cu_seqlens)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    chosen = operator.select(backend, q, k, v, key_lengths, cu_seqlens)
+    return operator.forward(q, k, v, key_lengths, cu_seqlens, window, scale, 0, backend=chosen)[0]
+
+
+def sliding_window_attention_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_tangent: Tensor | None = None,
+    k_tangent: Tensor | None = None,
+    v_tangent: Tensor | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    key_lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`sliding_window_attention` and its directional derivative along the tangents of its arguments.
+
+    Args:
+        q, k, v, window, scale, key_lengths, cu_seqlens: as for `sliding_window_attention`.
+        q_tangent, k_tangent, v_tangent: like their arguments; None for zero.
+        backend: None or "reference", which any device can run.
+
+    Returns:
+        Output and tangent, each (B, Tq, Hq, D) in q's dtype, differentiable in reverse any number of times.
+
+    Raises:
+        ValueError: an argument has an unsuitable shape, dtype, device or value, or the backend cannot serve
+            the call.
+    """
+    name = "sliding_window_attention_jvp"
+    check.arguments(name, q, k, v, window, key_lengths, cu_seqlens)
+    tangents.check(name, q=(q, q_tangent), k=(k, k_tangent), v=(v, v_tangent))
+    given = tuple(t for t in (q, k, v, q_tangent, k_tangent, v_tangent) if t is not None)
+    select(name, backend, given, {})
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    return jvp.forward(q, k, v, q_tangent, k_tangent, v_tangent, key_lengths, cu_seqlens, window, scale)

@@ -1,0 +1,83 @@
+"""Attention over a sliding window on the C++ kernels of csrc/cpu/swa_*.cpp."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ttt_kernels.extension import compute_dtype, dtype_code, kernels
+from ttt_kernels.swa.visible import first_keys
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(B, T, H, D) with unit stride in D."""
+    return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
+
+
+def _located(t: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides of B, T and H."""
+    b, length, head, _ = t.stride()
+    return t.data_ptr(), b, length, head
+
+
+def _first_keys(
+    q: Tensor, k: Tensor, key_lengths: Tensor | None, cu_seqlens: Tensor | None, window: int | None
+) -> tuple[Tensor, int]:
+    """`visible.first_keys` and its stride of B."""
+    first = first_keys(q, k, key_lengths, cu_seqlens, window)
+    return first, first.stride(0) if first.shape[0] == q.shape[0] else 0
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    scale: float,
+    key_start: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.forward`."""
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    b, tq, heads, d = q.shape
+    first, first_b = _first_keys(q, k, key_lengths, cu_seqlens, window)
+    o = q.new_empty(q.shape)
+    lse = q.new_empty((b, heads, tq), dtype=compute_dtype(q.dtype))
+    if o.numel():
+        kernels().swa_forward(
+            dtype_code(q.dtype), *_located(q), *_located(k), *_located(v), first.data_ptr(), first_b,
+            o.data_ptr(), lse.data_ptr(), b, tq, k.shape[1], heads, k.shape[2], d, scale,
+        )  # fmt: skip
+    return o, lse
+
+
+def backward(
+    d_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    window: int | None,
+    scale: float,
+    key_start: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As `reference.backward`."""
+    d_o, q, k, v, o, lse = _rows(d_o), _rows(q), _rows(k), _rows(v), _rows(o), lse.contiguous()
+    b, tq, heads, d = q.shape
+    _, tk, kv_heads, _ = k.shape
+    first, first_b = _first_keys(q, k, key_lengths, cu_seqlens, window)
+    shape, wide = (b, tk - key_start, kv_heads, d), compute_dtype(q.dtype)
+    dq = q.new_empty(q.shape) if needs[0] else None
+    dk = k.new_zeros(shape, dtype=wide) if needs[1] else None
+    dv = k.new_zeros(shape, dtype=wide) if needs[2] else None
+    if q.numel():
+        kernels().swa_backward(
+            dtype_code(q.dtype), *_located(d_o), *_located(q), *_located(k), *_located(v), first.data_ptr(),
+            first_b, *_located(o), lse.data_ptr(), *(0 if t is None else t.data_ptr() for t in (dq, dk, dv)),
+            b, tq, tk, heads, kv_heads, d, key_start, scale,
+        )  # fmt: skip
+    return dq, None if dk is None else dk.to(k.dtype), None if dv is None else dv.to(v.dtype)
