@@ -1,0 +1,90 @@
+"""One token of each sequence through a whole Transformer, for engines: no derivatives, caches in place."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ttt_kernels import checks
+from ttt_kernels.backends import refuse_on_cpu, select
+from ttt_kernels.decode import cpu, reference
+from ttt_kernels.decode.layers import LayerWeights, Stack
+
+__all__ = ["Decoded", "LayerWeights", "Stack", "step"]
+
+
+class Decoded(NamedTuple):
+    """What a token's way through the stack gives."""
+
+    prefix_output: Tensor
+    """(B, d), the residual stream after the layers that come before the first fast MLP."""
+    hidden: Tensor
+    """(B, d), normalized: what the head reads."""
+    logits: Tensor
+    """(B, V), float32 (float64 for float64)."""
+
+
+@torch.no_grad()
+def step(
+    stack: Stack,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    rows: Sequence[int],
+    counts: Sequence[int],
+    *,
+    backend: str | None = None,
+) -> Decoded:
+    """Reads one token's embedding per sequence and writes its keys and values into the stack's caches.
+
+    Per layer, with the norms being RMSNorm and queries and keys normalized per head, then rotated by
+    interleaved pairs: x += norm(attention(norm(x))); where there is a fast MLP x += norm(fast(norm(x))), with
+    each sequence's own weights; x += norm(mlp(norm(x))). What separate operators would return is rounded to
+    x's dtype here too, so that decoding agrees with reading many tokens at once.
+
+    Args:
+        x: (B, d), of the dtype of the stack's matrices.
+        cos, sin: (B, D/2) float32 (float64 for float64), of the angles of each sequence's position.
+        rows: per layer, the cache row that the token's key and value are written to.
+        counts: per layer, how many keys the token sees: rows row + 1 - count to row, its own included.
+
+    Raises:
+        ValueError: an argument does not fit the stack, or the backend cannot serve the call.
+    """
+    _check(stack, x, cos, sin, rows, counts)
+    chosen = select("decode", backend, (x,), {"cpu": lambda tensors: _refuse_on_cpu(stack, tensors)})
+    return Decoded(*(cpu if chosen == "cpu" else reference).step(stack, x, cos, sin, rows, counts))
+
+
+def _refuse_on_cpu(stack: Stack, tensors: tuple[Tensor, ...]) -> str | None:
+    return refuse_on_cpu(tensors) or cpu.refusal(stack)
+
+
+def _check(
+    stack: Stack, x: Tensor, cos: Tensor, sin: Tensor, rows: Sequence[int], counts: Sequence[int]
+) -> None:
+    n, d, half = stack.batch_size, stack.hidden_size, stack.head_dim // 2
+    if x.shape != (n, d) or x.dtype != stack.head.dtype or x.device != stack.head.device:
+        raise ValueError(
+            f"decode: x has shape {checks.shape(x)} and dtype {x.dtype} on {x.device}; accepted is {(n, d)}, "
+            f"{stack.head.dtype} on {stack.head.device}"
+        )
+    wide = torch.promote_types(x.dtype, torch.float32)
+    for name, t in (("cos", cos), ("sin", sin)):
+        if t.shape != (n, half) or t.dtype != wide or t.device != x.device:
+            raise ValueError(
+                f"decode: {name} has shape {checks.shape(t)} and dtype {t.dtype} on {t.device}; accepted is "
+                f"{(n, half)}, {wide} on {x.device}"
+            )
+    if len(rows) != len(stack.layers) or len(counts) != len(stack.layers):
+        raise ValueError(
+            f"decode: {len(rows)} rows and {len(counts)} counts are given; accepted is one of each for the "
+            f"{len(stack.layers)} layers"
+        )
+    for capacity, row, count in zip(stack.capacities, rows, counts, strict=True):
+        if not 1 <= count <= row + 1 <= capacity:
+            raise ValueError(
+                f"decode: row {row} and count {count} are given for a cache of {capacity} rows; accepted are "
+                "a row inside it and a count of 1 to row + 1"
+            )
