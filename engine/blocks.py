@@ -1,0 +1,186 @@
+"""One block forward, keeping what its explicit backward needs, and that backward.
+
+x += post_norm(attention(pre_norm(x))), then in suffix blocks x += post_norm'(fast MLP(pre_norm'(x))), then
+x += post_norm(MLP(pre_norm(x))). Backward gives gradients of inputs and of fast matrices, of nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.ops import Ops
+from engine.weights import BlockWeights, MLPWeights
+
+
+class Cache(Protocol):
+    """Keys and values of earlier tokens."""
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds those of new tokens (B, T, H, D); returns all that their queries may see, the new ones last."""
+
+
+class AttentionTape(NamedTuple):
+    """Intermediates of an attention branch."""
+
+    x: Tensor
+    rstd: Tensor
+    q_raw: Tensor
+    q_rstd: Tensor
+    k_raw: Tensor
+    k_rstd: Tensor
+    q: Tensor
+    keys: Tensor
+    values: Tensor
+    saved: Any
+    a: Tensor
+    post_rstd: Tensor
+    positions: Tensor
+
+
+class MLPTape(NamedTuple):
+    """Intermediates of an MLP branch."""
+
+    x: Tensor
+    rstd: Tensor
+    h: Tensor
+    gate: Tensor
+    up: Tensor
+    y: Tensor
+    post_rstd: Tensor
+
+
+def attention_forward(
+    ops: Ops, w: BlockWeights, x: Tensor, positions: Tensor, cache: Cache, window: int | None
+) -> tuple[Tensor, AttentionTape]:
+    """x (B, T, d) at `positions` (T,); returns x plus the branch."""
+    heads = (*x.shape[:2], 3, -1, w.q_norm.shape[0])
+    h, rstd = ops.norm(x, w.seq_norm)
+    q_raw, k_raw, v = ops.linear(h, w.w_qkv).view(heads).unbind(2)
+    q_normed, q_rstd = ops.norm(q_raw, w.q_norm)
+    k_normed, k_rstd = ops.norm(k_raw, w.k_norm)
+    q = ops.rope(q_normed, positions)
+    keys, values = cache.extend(ops.rope(k_normed, positions), v)
+    o, saved = ops.attention(q, keys, values, window)
+    a = ops.linear(o.flatten(2), w.w_o)
+    p, post_rstd = ops.norm(a, w.seq_post_norm)
+    tape = AttentionTape(
+        x, rstd, q_raw, q_rstd, k_raw, k_rstd, q, keys, values, saved, a, post_rstd, positions
+    )
+    return x + p, tape
+
+
+def attention_backward(
+    ops: Ops, w: BlockWeights, tape: AttentionTape, dx: Tensor, window: int | None
+) -> Tensor:
+    """Gradient of the branch's input; cached keys and values count as constants."""
+    da = ops.norm_backward(dx, tape.a, w.seq_post_norm, tape.post_rstd)
+    do = ops.linear_backward(da, w.w_o).view(tape.q.shape)
+    dq, dk, dv = ops.attention_backward(do, tape.q, tape.keys, tape.values, tape.saved, window)
+    dq = ops.norm_backward(
+        ops.rope_backward(dq, tape.q_raw, tape.positions), tape.q_raw, w.q_norm, tape.q_rstd
+    )
+    dk = ops.norm_backward(
+        ops.rope_backward(dk, tape.k_raw, tape.positions), tape.k_raw, w.k_norm, tape.k_rstd
+    )
+    dh = ops.linear_backward(torch.stack((dq, dk, dv), 2).flatten(2), w.w_qkv)
+    return dx + ops.norm_backward(dh, tape.x, w.seq_norm, tape.rstd)
+
+
+def mlp_forward(ops: Ops, w: MLPWeights, matrices: Sequence[Tensor], x: Tensor) -> tuple[Tensor, MLPTape]:
+    """x (B, T, d); matrices shared or with a leading B; returns x plus the branch."""
+    h, rstd = ops.norm(x, w.norm)
+    y, gate, up = ops.mlp(h, matrices)
+    p, post_rstd = ops.norm(y, w.post_norm)
+    return x + p, MLPTape(x, rstd, h, gate, up, y, post_rstd)
+
+
+def mlp_backward(
+    ops: Ops,
+    w: MLPWeights,
+    matrices: Sequence[Tensor],
+    tape: MLPTape,
+    dx: Tensor,
+    *,
+    of_input: bool,
+    of_weights: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Gradients of the branch's input and of its matrices, those that are wanted."""
+    dy = ops.norm_backward(dx, tape.y, w.post_norm, tape.post_rstd)
+    dh, *grads = ops.mlp_backward(
+        dy, tape.h, matrices, tape.gate, tape.up, of_input=of_input, of_weights=of_weights
+    )
+    if dh is not None:
+        dh = dx + ops.norm_backward(dh, tape.x, w.norm, tape.rstd)
+    return dh, [g for g in grads if g is not None]
+
+
+class SuffixTape(NamedTuple):
+    """Intermediates of one suffix block."""
+
+    attention: AttentionTape
+    fast: MLPTape
+    mlp: MLPTape
+
+
+def prefix_forward(
+    ops: Ops,
+    blocks: Sequence[BlockWeights],
+    x: Tensor,
+    positions: Tensor,
+    caches: Sequence[Cache],
+    window: int | None,
+) -> Tensor:
+    """x (B, T, d) through blocks without fast weights."""
+    for w, cache in zip(blocks, caches, strict=True):
+        x, _ = attention_forward(ops, w, x, positions, cache, window)
+        x, _ = mlp_forward(ops, w.mlp, w.mlp.matrices, x)
+    return x
+
+
+def suffix_forward(
+    ops: Ops,
+    blocks: Sequence[BlockWeights],
+    fast: Sequence[Sequence[Tensor]],
+    x: Tensor,
+    positions: Tensor,
+    caches: Sequence[Cache],
+    window: int | None,
+) -> tuple[Tensor, list[SuffixTape]]:
+    """x (B, T, d) through the blocks with fast weights, (gate, up, down) per block as products read them."""
+    tapes = []
+    for w, matrices, cache in zip(blocks, fast, caches, strict=True):
+        assert w.fast is not None
+        x, attention = attention_forward(ops, w, x, positions, cache, window)
+        x, fast_tape = mlp_forward(ops, w.fast, matrices, x)
+        x, mlp = mlp_forward(ops, w.mlp, w.mlp.matrices, x)
+        tapes.append(SuffixTape(attention, fast_tape, mlp))
+    return x, tapes
+
+
+def suffix_backward(
+    ops: Ops,
+    blocks: Sequence[BlockWeights],
+    fast: Sequence[Sequence[Tensor]],
+    tapes: Sequence[SuffixTape],
+    dx: Tensor,
+    window: int | None,
+) -> list[Tensor]:
+    """Gradients of all fast matrices, block by block (gate, up, down), from that of the suffix's output."""
+    grads: list[list[Tensor]] = []
+    for index in reversed(range(len(blocks))):
+        w, tape = blocks[index], tapes[index]
+        assert w.fast is not None
+        through, _ = mlp_backward(ops, w.mlp, w.mlp.matrices, tape.mlp, dx, of_input=True, of_weights=False)
+        assert through is not None
+        # Below the first fast MLP there is nothing that the inner loop trains.
+        below, block_grads = mlp_backward(
+            ops, w.fast, fast[index], tape.fast, through, of_input=index > 0, of_weights=True
+        )
+        grads.append(block_grads)
+        if below is not None:
+            dx = attention_backward(ops, w, tape.attention, below, window)
+    return [g for block_grads in reversed(grads) for g in block_grads]

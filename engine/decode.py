@@ -1,0 +1,98 @@
+"""Reading one token per sequence, as generation does: one call of the decode operator for the whole stack."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from engine import checks
+from engine.ops import Ops
+from engine.prefill import Reader, check_state
+from engine.profiling import stage
+from engine.state import State
+from engine.weights import BlockWeights, Weights, for_inference
+from engine.window import Window
+from ttt_kernels.decode import LayerWeights, Stack, step
+from ttt_kernels.rope.tables import tables
+
+if TYPE_CHECKING:
+    from engine.model import TTTModel
+
+
+@torch.no_grad()
+def decode(model: TTTModel, token: Tensor, state: State, *, backend: str | None = None) -> Tensor:
+    """Reads token (B,) into `state`; returns logits (B, V) fp32 for the next; see `TTTModel.decode`.
+
+    Raises:
+        ValueError: an unsuitable token, a state of another model or batch size, or a backend that cannot serve.
+    """
+    config = model.config
+    checks.tokens("decode", token, config, model.final_norm.device, dims=1)
+    check_state("decode", model, state, len(token))
+    token = token.long()
+    if config.suffix_layers and state.pending == config.mini_batch_size:
+        Reader(model, state, Ops(model, backend)).settle(token)
+    weights = for_inference(model)
+    windows = [*state.prefix, *state.suffix]
+    with stage("decode"):
+        rows = [w.add_rows(1) for w in windows]
+        seen = [row + 1 if config.window is None else min(row + 1, config.window) for row in rows]
+        cos, sin = _angles(state, config.head_dim, config.rope_theta, weights)
+        x = torch.nn.functional.embedding(token, weights.embed)
+        try:
+            out = step(_stack(model, state, weights, windows), x, cos, sin, rows, seen, backend=backend)
+        except BaseException:
+            for window in windows:
+                window.drop_last(1)
+            raise
+    if config.suffix_layers:
+        state.add_pending(token[:, None], out.prefix_output[:, None])
+    state.last_hidden = out.hidden
+    state.advance(1)
+    return out.logits.float()
+
+
+def _angles(state: State, head_dim: int, theta: float, weights: Weights) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(weights.embed.dtype, torch.float32)
+    cos, sin = tables(state.position, head_dim, theta, wide)
+    return cos.to(weights.embed.device), sin.to(weights.embed.device)
+
+
+def _stack(model: TTTModel, state: State, weights: Weights, windows: list[Window]) -> Stack:
+    """What the operator reads, kept with the state for as long as it is made of the same tensors."""
+    parts = (weights, state.fast, *(w.k for w in windows))
+    if state.stack is None or any(a is not b for a, b in zip(state.stack[0], parts, strict=True)):
+        fast = [None] * len(state.prefix) + list(state.fast.copies)
+        blocks = (*weights.prefix, *weights.suffix)
+        layers = [_layer(b, w, f) for b, w, f in zip(blocks, windows, fast, strict=True)]
+        config = model.config
+        stack = Stack(tuple(layers), weights.final_norm, weights.head, config.num_heads, config.norm_eps)
+        state.stack = (parts, stack)
+    return state.stack[1]
+
+
+def _layer(w: BlockWeights, window: Window, fast: tuple[Tensor, Tensor, Tensor] | None) -> LayerWeights:
+    gate, up, down = w.mlp.matrices
+    fast_gate, fast_up, fast_down = fast or (None, None, None)
+    return LayerWeights(
+        seq_norm=w.seq_norm,
+        w_qkv=w.w_qkv,
+        q_norm=w.q_norm,
+        k_norm=w.k_norm,
+        w_o=w.w_o,
+        seq_post_norm=w.seq_post_norm,
+        mlp_norm=w.mlp.norm,
+        w_gate=gate,
+        w_up=up,
+        w_down=down,
+        mlp_post_norm=w.mlp.post_norm,
+        k_cache=window.k,
+        v_cache=window.v,
+        fast_norm=w.fast.norm if w.fast else None,
+        fast_gate=fast_gate,
+        fast_up=fast_up,
+        fast_down=fast_down,
+        fast_post_norm=w.fast.post_norm if w.fast else None,
+    )

@@ -1,0 +1,154 @@
+"""The operators of one call of the engine, on the backends chosen for it.
+
+Each goes through its operator's `forward` and `backward` (ttt_kernels/registry.py): the kernels themselves where
+nothing records, registered operators where a graph is built, so the same inner step serves inference and,
+differentiated once more, the meta-gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ttt_kernels import matmul
+from ttt_kernels.clipped_sgd import operator as clipped_sgd
+from ttt_kernels.clipped_sgd.update import update_
+from ttt_kernels.linear_ce import nll_and_input_gradient
+from ttt_kernels.linear_ce import operator as linear_ce
+from ttt_kernels.rms_norm import operator as rms_norm
+from ttt_kernels.rope import operator as rope
+from ttt_kernels.swa import operator as swa
+from ttt_kernels.swiglu import operator as swiglu
+
+if TYPE_CHECKING:
+    from engine.model import TTTModel
+
+IGNORED = -100
+"""Target of a position whose next token does not count."""
+
+
+class Ops:
+    """Forward and explicit backward of everything that a block, the head and the inner update need."""
+
+    def __init__(self, model: TTTModel, backend: str | None) -> None:
+        config = model.config
+        like = torch.empty(0, dtype=config.torch_dtype, device=model.final_norm.device)
+        operators = (rms_norm, rope, swiglu, swa, linear_ce, clipped_sgd)
+        self._backend = {op.name: op.select(backend, like) for op in operators}
+        self._eps = config.norm_eps
+        self._theta = config.rope_theta
+        self._scale = config.head_dim**-0.5
+
+    def norm(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """RMSNorm over the last dimension; also its reciprocal root mean squares."""
+        y, rstd = rms_norm.forward(x, weight, self._eps, backend=self._backend["rms_norm"])
+        return y, rstd
+
+    def norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+        """Gradient of x only."""
+        backend = self._backend["rms_norm"]
+        return rms_norm.backward(dy, x, weight, rstd, self._eps, needs=(True, False), backend=backend)[0]
+
+    def rope(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotates interleaved pairs of x (B, T, H, D)."""
+        return rope.forward(x, positions, self._theta, True, backend=self._backend["rope"])[0]
+
+    def rope_backward(self, dy: Tensor, x: Tensor, positions: Tensor) -> Tensor:
+        """Gradient of x."""
+        backend = self._backend["rope"]
+        return rope.backward(dy, x, positions, self._theta, True, needs=(True,), backend=backend)[0]
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Any]:
+        """Attention over all given keys; also what its backward needs beside the arguments."""
+        arguments = (q, k, v, None, None, window, self._scale, 0)
+        o, *saved = swa.forward(*arguments, backend=self._backend["swa"])
+        return o, (o, *saved)
+
+    def attention_backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: Any, window: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q and of the last keys and values, those that belong to the queries."""
+        key_start = k.shape[1] - q.shape[1]
+        arguments = (do, q, k, v, None, None, *saved, window, self._scale, key_start)
+        dq, dk, dv = swa.backward(*arguments, needs=(True, True, True), backend=self._backend["swa"])
+        return dq, dk, dv
+
+    def mlp(self, x: Tensor, matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """SwiGLU MLP of x (B, T, d); also its two pre-activations."""
+        y, gate, up = swiglu.forward(x, *matrices, backend=self._backend["swiglu"])
+        return y, gate, up
+
+    def mlp_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        matrices: Sequence[Tensor],
+        gate: Tensor,
+        up: Tensor,
+        *,
+        of_input: bool,
+        of_weights: bool,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of the three matrices, those that are wanted."""
+        needs = (of_input, of_weights, of_weights, of_weights)
+        return swiglu.backward(dy, x, *matrices, gate, up, needs=needs, backend=self._backend["swiglu"])
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x (..., in) times weight (out, in)."""
+        return matmul.mm(x, weight.t())
+
+    def linear_backward(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """Gradient of x."""
+        return matmul.mm(dy, weight)
+
+    def nll(self, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihoods of targets (...) from hidden (..., d), 0 where ignored; and what backward needs."""
+        backend = self._backend["linear_ce"]
+        nll, lse = linear_ce.forward(hidden.flatten(0, -2), head, targets.flatten(), IGNORED, backend=backend)
+        return nll.view(targets.shape), lse
+
+    def nll_backward(
+        self, d_nll: Tensor, hidden: Tensor, head: Tensor, targets: Tensor, lse: Tensor
+    ) -> Tensor:
+        """Gradient of hidden."""
+        arguments = (d_nll.flatten(), hidden.flatten(0, -2), head, targets.flatten(), lse, IGNORED)
+        backend = self._backend["linear_ce"]
+        d_hidden = linear_ce.backward(*arguments, needs=(True, False), backend=backend)[0]
+        return d_hidden.view(hidden.shape)
+
+    def nll_and_gradient(
+        self, hidden: Tensor, head: Tensor, targets: Tensor, d_nll: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`nll` and `nll_backward` in one pass over the vocabulary; not differentiable."""
+        arguments = (hidden.flatten(0, -2), head, targets.flatten(), d_nll.flatten(), IGNORED)
+        nll, _, d_hidden = nll_and_input_gradient(*arguments, backend=self._backend["linear_ce"])
+        return nll.view(targets.shape), d_hidden.view(hidden.shape)
+
+    def update(
+        self,
+        weights: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        lr: float,
+        clip: float,
+        copy_dtype: torch.dtype | None,
+    ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """The clipped step: new weights, the gradient's norm per sequence, and the copies that products read."""
+        rate = torch.tensor(lr, dtype=weights[0].dtype, device=weights[0].device)
+        arguments = (list(weights), list(grads), rate, clip or None, copy_dtype)
+        new, norm, copies = clipped_sgd.forward(*arguments, backend=self._backend["clipped_sgd"])
+        return list(new), norm, list(copies)
+
+    def update_(
+        self,
+        weights: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        lr: float,
+        clip: float,
+        copies: Sequence[Tensor] | None,
+    ) -> None:
+        """`update` in place; builds no graph."""
+        backend = self._backend["clipped_sgd"]
+        update_(weights, grads, lr=lr, max_norm=clip or None, copies=copies, backend=backend)

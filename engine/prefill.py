@@ -1,0 +1,165 @@
+"""Reading: any number of tokens into a state, with an inner step after every mini-batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine import checks
+from engine.blocks import prefix_forward, suffix_forward
+from engine.inner import Forward, inner_forward, inner_gradient, inner_update_, with_last_target
+from engine.ops import IGNORED, Ops
+from engine.profiling import stage
+from engine.state import State
+from engine.weights import Weights, for_inference
+
+if TYPE_CHECKING:
+    from engine.model import TTTModel
+
+
+class PrefillOutput(NamedTuple):
+    """nll: (B, T) fp32, of every token given all before it. logits: (B, V) fp32, for the next token."""
+
+    nll: Tensor
+    logits: Tensor
+
+
+@torch.no_grad()
+def prefill(model: TTTModel, tokens: Tensor, state: State, *, backend: str | None = None) -> PrefillOutput:
+    """Reads tokens (B, T) into `state`; see `TTTModel.prefill`.
+
+    Raises:
+        ValueError: unsuitable tokens, a state of another model or batch size, or a backend that cannot serve.
+    """
+    checks.tokens("prefill", tokens, model.config, model.final_norm.device)
+    check_state("prefill", model, state, len(tokens))
+    reader = Reader(model, state, Ops(model, backend))
+    nll = reader.read(tokens.long())
+    return PrefillOutput(nll, reader.logits())
+
+
+def check_state(call: str, model: TTTModel, state: State, batch: int) -> None:
+    """The state is this model's, for `batch` sequences."""
+    if not isinstance(state, State) or state.model is not model:
+        raise ValueError(f"{call}: state must come from this model's init_state or load_state")
+    if state.batch_size != batch:
+        raise ValueError(f"{call}: {batch} sequences of tokens for a state of {state.batch_size}")
+
+
+class Reader:
+    """One call's work on a state."""
+
+    def __init__(self, model: TTTModel, state: State, ops: Ops) -> None:
+        self._config = model.config
+        self._state = state
+        self._ops = ops
+        self._weights: Weights = for_inference(model)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Reads tokens (B, T), slab by slab; returns their nll."""
+        nll = torch.full(tokens.shape, torch.nan, dtype=torch.float32, device=tokens.device)
+        if self._state.last_hidden is not None:
+            first, _ = self._ops.nll(self._state.last_hidden[:, None], self._weights.head, tokens[:, :1])
+            nll[:, :1] = first
+        start = 0
+        while start < tokens.shape[1]:
+            # Up to the end of a mini-batch, so that the suffix finds whole ones in the next slab.
+            length = self._state.slab - self._pending_after(start)
+            self._read_slab(tokens, start, min(start + length, tokens.shape[1]), nll)
+            start += length
+        return nll
+
+    def logits(self) -> Tensor:
+        """Logits (B, V) fp32 for the token after the newest."""
+        hidden = self._state.last_hidden
+        assert hidden is not None
+        return self._ops.linear(hidden, self._weights.head).float()
+
+    def settle(self, token: Tensor) -> None:
+        """Takes the step of a full mini-batch whose last target, `token` (B,), has just arrived."""
+        state = self._state
+        if not self._config.suffix_layers or state.pending < self._config.mini_batch_size:
+            return
+        targets = torch.cat((state.pending_tokens[:, 1:], token[:, None]), 1)
+        with stage("inner step"):
+            if state.read is not None:
+                read = with_last_target(self._ops, self._config, self._weights, state.read, token)
+            else:
+                for window in state.suffix:
+                    window.drop_last(state.pending)
+                read = self._forward(state.pending_hidden, state.tokens_read - state.pending, targets)
+            self._update(read, targets)
+        state.clear_pending()
+
+    def _pending_after(self, start: int) -> int:
+        full = self._state.pending == self._config.mini_batch_size
+        return 0 if start or full else self._state.pending
+
+    def _read_slab(self, tokens: Tensor, start: int, end: int, nll: Tensor) -> None:
+        state, size = self._state, self._config.mini_batch_size
+        first = state.tokens_read
+        x = torch.nn.functional.embedding(tokens[:, start:end], self._weights.embed)
+        positions = torch.arange(first, first + end - start, device=tokens.device)
+        with stage("prefix"):
+            x = prefix_forward(
+                self._ops, self._weights.prefix, x, positions, state.prefix, self._config.window
+            )
+        done = start
+        while done < end:
+            self.settle(tokens[:, done])
+            length = min(size - state.pending, end - done) if self._config.suffix_layers else end - done
+            part = x[:, done - start : done - start + length]
+            known = tokens[:, done + 1 : done + length + 1]
+            ahead = nll[:, done + 1 : done + length + 1]
+            if self._config.suffix_layers and length == size:
+                self._read_mini_batch(tokens[:, done : done + size], part, known, ahead)
+            else:
+                self._look(tokens[:, done : done + length], part, known, ahead)
+            state.advance(length)
+            done += length
+
+    def _look(self, tokens: Tensor, x: Tensor, known: Tensor, nll: Tensor) -> None:
+        """Reads a part of a mini-batch without a step; `nll` takes those of its `known` next tokens."""
+        state = self._state
+        positions = torch.arange(state.tokens_read, state.tokens_read + x.shape[1], device=x.device)
+        if self._config.suffix_layers:
+            with stage("suffix"):
+                out, _ = suffix_forward(
+                    self._ops, self._weights.suffix, state.fast.copies, x, positions, state.suffix,
+                    self._config.window,
+                )  # fmt: skip
+            state.add_pending(tokens, x)
+        else:
+            out = x
+        hidden, _ = self._ops.norm(out, self._weights.final_norm)
+        state.last_hidden = hidden[:, -1].clone()
+        if known.shape[1]:
+            with stage("head"):
+                nll[:], _ = self._ops.nll(hidden[:, : known.shape[1]], self._weights.head, known)
+
+    def _read_mini_batch(self, tokens: Tensor, x: Tensor, known: Tensor, nll: Tensor) -> None:
+        """Reads a whole mini-batch, and learns from it if its last target is among the `known` next tokens."""
+        state = self._state
+        complete = known.shape[1] == x.shape[1]
+        targets = known if complete else torch.nn.functional.pad(known, (0, 1), value=IGNORED)
+        with stage("inner step"):
+            read = self._forward(x, state.tokens_read, targets)
+            nll[:] = read.nll[:, : known.shape[1]]
+            state.last_hidden = read.hidden[:, -1].clone()
+            if complete:
+                self._update(read, targets)
+            else:
+                state.add_pending(tokens, x)
+                state.read = read
+
+    def _forward(self, x: Tensor, first: int, targets: Tensor) -> Forward:
+        positions = torch.arange(first, first + x.shape[1], device=x.device)
+        arguments = (self._ops, self._config, self._weights, self._state.fast)
+        return inner_forward(*arguments, x, positions, targets, self._state.suffix)
+
+    def _update(self, read: Forward, targets: Tensor) -> None:
+        fast = self._state.fast
+        grads = inner_gradient(self._ops, self._config, self._weights, fast, read, targets)
+        inner_update_(self._ops, self._config, fast, grads, self._config.inner_lr)
