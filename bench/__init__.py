@@ -1,0 +1,1 @@
+"""Measurements: scripts to run from a checkout, with the package installed."""

@@ -1,0 +1,119 @@
+"""
+How fast a model writes: tokens per second, and bytes of weights read against the machine's read bandwidth.
+
+Times are of greedy decoding between two inner steps, Python included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from bench import options
+from bench.flops import decode_weight_bytes
+from bench.machine import describe, read_bandwidth
+from bench.table import format_table, rate, size
+from bench.timing import synchronize
+from engine import TTTConfig, TTTModel
+from engine.device import checked_device
+from engine.files import atomic_write
+
+WARM_UP = 4
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    # Decoding reads each weight for one product, so its fastest dtype is a small one.
+    options.add_model_arguments(parser, "125m", "bfloat16")
+    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to decode (default: 64)")
+    parser.add_argument(
+        "--prompt", type=int, default=64, metavar="N", help="tokens to read before (default: 64)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except (ValueError, OSError) as error:
+        print(f"bench/decode.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    options.at_least_one(tokens=args.tokens, prompt=args.prompt, batch=args.batch)
+    device = checked_device(args.device)
+    backend = options.chosen_backend(args.backend, args.dtype, device)
+    if args.json is not None:
+        options.check_writable("--json", args.json)
+    config = TTTConfig.preset(args.preset, compute_dtype=args.dtype)
+    if args.prompt + WARM_UP + args.tokens > config.mini_batch_size:
+        raise ValueError(
+            f"--prompt={args.prompt} and --tokens={args.tokens} are too many: with {WARM_UP} of warm-up "
+            f"they must fit into a mini-batch of {config.mini_batch_size}, so that no inner step is timed"
+        )
+
+    bandwidth = read_bandwidth(device)
+    seconds_per_token = measure(config, args.batch, args.prompt, args.tokens, device, backend)
+    # Before and after: a machine that is shared does not keep one speed.
+    bandwidth = max(bandwidth, read_bandwidth(device))
+    weight_bytes = decode_weight_bytes(config, config.torch_dtype, args.batch)
+    result = {
+        "model": "ttt-e2e",
+        "backend": backend,
+        "preset": args.preset,
+        "batch": args.batch,
+        "dtype": args.dtype,
+        "device": str(device),
+        "prompt": args.prompt,
+        "tokens": args.tokens,
+        "tokens_per_s": args.batch / seconds_per_token,
+        "weight_bytes_per_step": weight_bytes,
+        "weight_bytes_per_s": weight_bytes / seconds_per_token,
+        "read_bandwidth_bytes_per_s": bandwidth,
+        "share_of_bandwidth": weight_bytes / seconds_per_token / bandwidth,
+        "machine": describe(device),
+    }
+    header = ("preset", "backend", "dtype", "tokens/s", "weights", "GB/s", "machine's GB/s", "share")
+    row = (
+        args.preset,
+        backend,
+        args.dtype,
+        f"{args.batch / seconds_per_token:.1f}",
+        size(weight_bytes),
+        rate(weight_bytes / seconds_per_token),
+        rate(bandwidth),
+        f"{weight_bytes / seconds_per_token / bandwidth:.0%}",
+    )
+    print(format_table(header, [row]))
+    if args.json is not None:
+        with atomic_write(args.json) as temporary:
+            temporary.write_text(json.dumps([result], indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def measure(
+    config: TTTConfig, batch: int, prompt: int, count: int, device: torch.device, backend: str
+) -> float:
+    """The median time of a decoding step, in seconds."""
+    model = TTTModel(config, dtype=config.torch_dtype, device=device)
+    state = model.init_state(batch)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (batch, prompt), generator=generator).to(device)
+    token = model.prefill(tokens, state, backend=backend).logits.argmax(dim=-1)
+    times = []
+    for _ in range(WARM_UP + count):
+        synchronize(device)
+        start = time.perf_counter()
+        token = model.decode(token, state, backend=backend).argmax(dim=-1)
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times[WARM_UP:])[count // 2]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""
+Useful operations and bytes: what a model has to do per token, each product once and nothing recomputed.
+
+d hidden, i intermediate, L blocks of which S have fast MLPs, V vocabulary, w the mean number of visible keys.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from engine import TTTConfig
+
+
+def mean_visible_keys(context: int, window: int | None) -> float:
+    """w: how many keys a query sees, itself included, on average over the first `context` positions."""
+    full = context if window is None else min(window, context)
+    # The first `full` queries see 1, 2, ..., full keys, and the rest `full` each.
+    return (full * (full + 1) / 2 + (context - full) * full) / context
+
+
+def prefill_flops_per_token(config: TTTConfig, context: int) -> float:
+    """Operations (two per multiply-add) of reading one token, on average over `context` of them."""
+    d, i = config.hidden_size, config.intermediate_size
+    layers, fast = config.num_layers, config.suffix_layers
+    w = mean_visible_keys(context, config.window)
+    blocks = 2 * layers * (4 * d * d + 3 * d * i) + 2 * fast * 3 * d * i + 4 * layers * d * w
+    head = 2 * d * config.vocab_size
+    if fast == 0:
+        return blocks + head
+    head_input_gradient = 2 * d * config.vocab_size
+    input_gradients = 2 * (fast - 1) * (4 * d * d + 6 * d * i) + 8 * (fast - 1) * d * w
+    first_input_gradient = 2 * (3 * d * i) + 2 * d * i
+    weight_gradients = 2 * fast * 3 * d * i
+    return blocks + head + head_input_gradient + input_gradients + first_input_gradient + weight_gradients
+
+
+def decode_weight_bytes(config: TTTConfig, dtype: torch.dtype, batch: int = 1) -> int:
+    """Bytes of the matrices that decoding one token of each sequence reads, in the products' `dtype`."""
+    d, i = config.hidden_size, config.intermediate_size
+    shared = config.num_layers * (4 * d * d + 3 * d * i) + d * config.vocab_size
+    fast = config.suffix_layers * 3 * d * i
+    return (shared + batch * fast) * dtype.itemsize
