@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from harness import BACKENDS, draw
 from torch import Tensor
 
 import ttt_kernels
-from tests.harness import BACKENDS, draw
 from ttt_kernels import backends, clipped_sgd, rms_norm, rope, use_backend
 from ttt_kernels.backends import NAMES, available
 from ttt_kernels.registry import OPERATORS, ORDERS

@@ -5,12 +5,12 @@ from functools import partial
 
 import pytest
 import torch
+from harness import BACKENDS, assert_within_budget, draw, orders
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from tests.harness import BACKENDS, assert_within_budget, draw, orders
 from ttt_kernels import clipped_sgd
 from ttt_kernels.clipped_sgd.update import update_
 from ttt_kernels.extension import cpu as extension

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import draw
 from torch import Tensor
 
-from tests.harness import draw
 from ttt_kernels import clipped_sgd, rms_norm, rope
 from ttt_kernels.extension import cpu as extension
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from harness import BACKENDS, assert_within_budget, draw, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.harness import BACKENDS, assert_within_budget, draw, relative_error
 from ttt_kernels import backends, linear_cross_entropy, linear_cross_entropy_jvp
 from ttt_kernels.extension import cpu as extension
 from ttt_kernels.linear_ce import blocks, cpu, operator, reference

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from harness import BACKENDS, draw
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
-from tests.harness import BACKENDS, draw
 from ttt_kernels import clipped_sgd, rms_norm, rope, use_backend
 from ttt_kernels.registry import OPERATORS
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from harness import BACKENDS, assert_within_budget, draw, orders
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from tests.harness import BACKENDS, assert_within_budget, draw, orders
 from ttt_kernels import rms_norm, rms_norm_jvp
 from ttt_kernels.extension import cpu as extension
 

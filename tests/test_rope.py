@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from harness import BACKENDS, assert_within_budget, draw
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from tests.harness import BACKENDS, assert_within_budget, draw
 from ttt_kernels import rms_norm, rope, use_backend
 from ttt_kernels.extension import cpu as extension
 from ttt_kernels.rope import tables

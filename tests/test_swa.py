@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from harness import BACKENDS, assert_within_budget, draw, orders, relative_error
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from tests.harness import BACKENDS, assert_within_budget, draw, orders, relative_error
 from ttt_kernels import backends, sliding_window_attention
 from ttt_kernels.extension import cpu as extension
 from ttt_kernels.swa import operator

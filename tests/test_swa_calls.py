@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
+from harness import BACKENDS, draw
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
-from tests.harness import BACKENDS, draw
 from ttt_kernels import sliding_window_attention, sliding_window_attention_jvp
 from ttt_kernels.swa import operator
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from harness import BACKENDS, assert_within_budget, draw, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.harness import BACKENDS, assert_within_budget, draw, relative_error
 from ttt_kernels import backends, swiglu, swiglu_jvp
 from ttt_kernels.extension import cpu as extension
 from ttt_kernels.extension import dtype_code

