@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,11 @@ _CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def _prefer_installed_package() -> None:
-    """`python -m pytest` puts the checkout first, where a package installed from it has no compiled extension."""
-    kept = [p for p in sys.path if Path(p or ".").resolve() != _CHECKOUT]
-    before, sys.path[:] = list(sys.path), kept
-    if find_spec("ttt_kernels") is None:
-        sys.path[:] = before
+    """`python -m pytest` puts the checkout first, where a package installed from it has no compiled extension.
+
+    It goes last instead, where the benchmarks are still found.
+    """
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _CHECKOUT] + [str(_CHECKOUT)]
 
 
 _prefer_installed_package()
