@@ -25,7 +25,6 @@ struct Call {
     C scale;
 
     bool wants_keys() const { return dk || dv; }
-    bool wants_scores() const { return dq || dk; }
 };
 
 // How far each chunk of a group has come in adding to dK and dV. Tasks are handed out chunk after chunk, so
