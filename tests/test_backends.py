@@ -135,6 +135,8 @@ def test_backends_table() -> None:
         assert (entry["reason"] is None) == entry["available"]
     for name in OPERATORS:
         assert table["reference"]["operators"][name] == ORDERS
+    for name in BACKENDS:
+        assert table[name]["operators"]["decode"] == ("forward",)
     if "cpu" in BACKENDS:
         assert table["cpu"]["instruction_set"] in ("portable", "avx2", "avx512", "avx512_bf16")
 

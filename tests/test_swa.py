@@ -317,4 +317,4 @@ def test_backward_from_a_key_on_differentiates(backend: str) -> None:
 def test_orders_that_the_kernels_serve() -> None:
     if extension is None:
         pytest.skip("needs the C++ kernels")
-    assert backends()["cpu"]["operators"]["swa"] == ("forward", "backward")
+    assert backends()["cpu"]["operators"]["swa"] == ("forward", "backward", "double_backward")

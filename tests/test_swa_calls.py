@@ -235,9 +235,9 @@ def test_refuses(changes: dict, message: str) -> None:
 
 def test_jvp_refuses() -> None:
     q, k, v = qkv()
-    with pytest.raises(ValueError, match=r"q_tangent has shape \(2, 7, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"q_dot has shape \(2, 7, 2, 3\)"):
         sliding_window_attention_jvp(q, k, v, k)
-    with pytest.raises(ValueError, match=r"v_tangent has shape .* torch.float32"):
+    with pytest.raises(ValueError, match=r"v_dot has shape .* torch.float32"):
         sliding_window_attention_jvp(q, k, v, None, None, v.float())
     with pytest.raises(ValueError, match=r"'cpu' cannot serve this call: .*what can: .'reference'"):
         sliding_window_attention_jvp(q, k, v, q, backend="cpu")

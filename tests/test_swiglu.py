@@ -350,12 +350,12 @@ def test_batched_weights_need_sequences() -> None:
 
 
 def test_unsuitable_tangents_and_backends() -> None:
-    with pytest.raises(ValueError, match=r"w_up_tangent has shape \(5, 3\)"):
-        swiglu_jvp(**good(), w_up_tangent=torch.ones(5, 3, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"x_tangent has shape \(2, 3, 4\), torch.float32"):
-        swiglu_jvp(**good(), x_tangent=torch.ones(2, 3, 4))
-    with pytest.raises(ValueError, match="x_tangent must be a tensor"):
-        swiglu_jvp(**good(), x_tangent=1.0)
+    with pytest.raises(ValueError, match=r"w_up_dot has shape \(5, 3\)"):
+        swiglu_jvp(**good(), w_up_dot=torch.ones(5, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"x_dot has shape \(2, 3, 4\), torch.float32"):
+        swiglu_jvp(**good(), x_dot=torch.ones(2, 3, 4))
+    with pytest.raises(ValueError, match="x_dot must be a tensor"):
+        swiglu_jvp(**good(), x_dot=1.0)
     with pytest.raises(ValueError, match="swiglu_jvp: backend 'cpu' cannot serve this call"):
         swiglu_jvp(**good(), backend="cpu")
     with pytest.raises(ValueError, match="backend 'cuda' cannot serve this call"):

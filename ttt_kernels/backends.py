@@ -157,16 +157,16 @@ def backends() -> dict[str, dict[str, object]]:
         that these kernels serve themselves. Orders that are not listed are computed by the reference
         formulas on the same device. The cpu entry also has `instruction_set`.
     """
+    from ttt_kernels import decode
     from ttt_kernels.registry import OPERATORS
 
     table: dict[str, dict[str, object]] = {}
     for name in NAMES:
         reason = _missing(name)
-        table[name] = {
-            "available": reason is None,
-            "reason": reason,
-            "operators": {op.name: op.orders(name) for op in OPERATORS.values() if op.orders(name)},
-        }
+        orders = {op.name: op.orders(name) for op in OPERATORS.values() if op.orders(name)}
+        if name in decode.BACKENDS:
+            orders["decode"] = ("forward",)
+        table[name] = {"available": reason is None, "reason": reason, "operators": orders}
     if extension.cpu is not None:
         table["cpu"]["instruction_set"] = extension.cpu.instruction_set()
     return table

@@ -1,25 +1,21 @@
 """Matrix products by torch's BLAS, at the dtype that this processor multiplies fastest."""
 
-import functools
-
 import torch
 from torch import Tensor
 
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
+_NATIVE = {
+    torch.bfloat16: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+    torch.float16: torch.cpu._is_amx_fp16_supported(),
+}
 
 
-@functools.cache
 def has_native(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies matrices of `dtype` in hardware.
 
     Without such instructions torch's products of bfloat16 and float16 run at a small fraction of the float32
     rate (measured on an AVX2 processor: 20 against 140 GFLOP/s, and 1 GFLOP/s for some layouts).
     """
-    if dtype not in _LOW_PRECISION:
-        return True
-    if dtype == torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.cpu._is_amx_fp16_supported()
+    return _NATIVE.get(dtype, True)
 
 
 def best_dtype(device: str = "cpu") -> torch.dtype:

@@ -39,11 +39,10 @@ def check(operator: str, **pairs: tuple[Tensor, Tensor | None]) -> None:
         if tangent is None:
             continue
         if not isinstance(tangent, Tensor):
-            raise ValueError(f"{operator}: {name}_tangent must be a tensor, got {type(tangent).__name__}")
+            raise ValueError(f"{operator}: {name}_dot must be a tensor, got {type(tangent).__name__}")
         if _describe(tangent) != _describe(argument):
             raise ValueError(
-                f"{operator}: {name}_tangent has {_describe(tangent)}; accepted is {name}'s "
-                f"{_describe(argument)}"
+                f"{operator}: {name}_dot has {_describe(tangent)}; accepted is {name}'s {_describe(argument)}"
             )
 
 

@@ -3,95 +3,24 @@
 // A task has the queries of a chunk and goes once through the keys that they see. It owns its dQ; its share
 // of dK and dV is added, a block of keys at a time, in the order of the chunks, so that every sum is in the
 // same order for any number of threads.
-#include <sched.h>
-
 #include "common/parallel.h"
 #include "cpu/kernels.h"
-#include "cpu/swa_pack.h"
+#include "cpu/swa_gradient.h"
+#include "cpu/swa_turns.h"
 
 namespace ttt::TTT_ISA {
 namespace {
 
 using namespace swa;
 
-template <class T, class C = compute_t<T>>
+template <class C>
 struct Call {
     Sizes s;
-    Tensor<T> d_o, q, k, v, o;
-    const C* lse;
-    T* dq;
-    C *dk, *dv;
+    Outcome<C> outcome;
+    Source<C> k, v;
+    Sink<C> dq;
+    KeySum<C> dk, dv;
     int64_t key_start;
-    C scale;
-
-    bool wants_keys() const { return dk || dv; }
-};
-
-// How far each chunk of a group has come in adding to dK and dV. Tasks are handed out chunk after chunk, so
-// that the one waited for is always being worked on or done.
-class Turns {
-  public:
-    Turns(int64_t groups, int64_t chunks)
-        : chunks_(chunks), scratch_(groups * chunks), next_(scratch_.take(0)) {
-        fill<int64_t>(next_, groups * chunks, 0);
-    }
-
-    // Returns when the chunks before have added to all keys before `key`.
-    void wait(int64_t group, int64_t chunk, int64_t key) const {
-        if (chunk == 0) return;
-        while (__atomic_load_n(next_ + group * chunks_ + chunk - 1, __ATOMIC_ACQUIRE) < key) sched_yield();
-    }
-    // Says that this chunk, and those before, will not add to keys before `key` any more.
-    void done(int64_t group, int64_t chunk, int64_t key) {
-        __atomic_store_n(next_ + group * chunks_ + chunk, key, __ATOMIC_RELEASE);
-    }
-
-  private:
-    int64_t chunks_;
-    Scratch<int64_t> scratch_;
-    int64_t* next_;
-};
-
-// A task's query rows and their gradient, as attend() of the forward pass has them.
-template <class T, class C = compute_t<T>>
-struct Rows {
-    Scratch<C> scratch;
-    C *q, *q_panels, *d_o, *do_panels, *dq, *lse, *delta;
-
-    static int64_t elements(int64_t padded, int64_t D) { return padded * (3 * row_stride<C>(D) + 2 * D + 2); }
-    Rows(const Call<T>& c, const Queries& queries, int64_t padded)
-        : scratch(elements(padded, c.s.D)),
-          q(scratch.take(padded * row_stride<C>(c.s.D))),
-          q_panels(scratch.take(padded * c.s.D)),
-          d_o(scratch.take(padded * row_stride<C>(c.s.D))),
-          do_panels(scratch.take(padded * c.s.D)),
-          dq(scratch.take(padded * row_stride<C>(c.s.D))),
-          lse(scratch.take(padded)),
-          delta(scratch.take(padded)) {
-        const Sizes& s = c.s;
-        const int64_t stride = row_stride<C>(s.D);
-        pack_queries(c.q, queries, s.D, c.scale * kUnit<C>, q, q_panels);
-        pack_queries(c.d_o, queries, s.D, C(1), d_o, do_panels);
-        fill(dq, padded * stride, C(0));
-        fill(lse, padded, C(0));
-        fill(delta, padded, C(0));
-        for (int64_t r = 0; r < queries.rows(); ++r) {
-            const int64_t position = queries.position(r), head = queries.head(r);
-            const C value = c.lse[(queries.b * s.H + head) * s.Tq + position];
-            // A row without keys has the lse -inf, from which its scores of -inf would differ by NaN.
-            lse[r] = value == C(-INFINITY) ? C(0) : value * kUnit<C>;
-            delta[r] = dot(c.o.at(queries.b, position, head), d_o + r * stride, s.D);
-        }
-    }
-
-    static C dot(const T* a, const C* b, int64_t n) {
-        constexpr int L = lanes<C>;
-        vec<C> sum{};
-        int64_t i = 0;
-        for (; i + L <= n; i += L) sum += load(a + i) * load(b + i);
-        if (i < n) sum += load_first(a + i, n - i) * load(b + i);
-        return sum_lanes<C>(sum);
-    }
 };
 
 // Scores become P, and dP becomes dS, for the queries from column 0 to `columns`.
@@ -107,33 +36,26 @@ void differentiate(C* scores, C* d_p, int64_t keys, int64_t columns, const C* ls
     }
 }
 
-// to (D) += from * factor
 template <class C>
-void add_row(const C* from, C factor, int64_t D, C* to) {
-    constexpr int L = lanes<C>;
-    int64_t d = 0;
-    for (; d + L <= D; d += L) store(to + d, load(to + d) + load(from + d) * factor);
-    for (; d < D; ++d) to[d] += from[d] * factor;
-}
-
-template <class T, class C = compute_t<T>>
-void task(const Call<T>& c, const Keys<C>& keys, Range groups, int64_t group, int64_t chunk, Turns& turns) {
+void task(const Call<C>& c, const Keys<C>& keys, Range groups, int64_t group, int64_t chunk, Turns& turns) {
     constexpr int N = kColumns<C>;
     const Sizes& s = c.s;
     const Queries queries = s.queries(groups.begin + group, chunk);
     const int64_t rows = queries.rows(), padded = round_up(rows, kQueries), D = s.D,
                   stride = row_stride<C>(D);
-    const Rows<T> r(c, queries, padded);
-    Scratch<C> scratch(2 * kKeys * (kQueries + stride));
+    Scratch<C> scratch(GradientRows<C>::elements(padded, D) + padded * stride +
+                       2 * kKeys * (kQueries + stride));
+    const GradientRows<C> r(c.outcome, s, queries, scratch);
+    C* dq = scratch.take(padded * stride);
     C* scores = scratch.take(kKeys * kQueries);
     C* d_p = scratch.take(kKeys * kQueries);
     C* dk = scratch.take(kKeys * stride);
     C* dv = scratch.take(kKeys * stride);
+    fill(dq, padded * stride, C(0));
     const Range range = queries.keys();
     for (int64_t origin = round_down(range.begin, kKeys); origin < range.end; origin += kKeys) {
-        const Range block{origin, origin + kKeys};
-        const Range wanted = block & Range{c.key_start, s.Tk};
-        const bool for_keys = c.wants_keys() && !wanted.empty();
+        const Range block{origin, origin + kKeys}, wanted = block & Range{c.key_start, s.Tk};
+        const bool for_keys = (c.dk || c.dv) && !wanted.empty();
         if (!for_keys && !c.dq) continue;
         fill(dk, kKeys * stride, C(0));
         fill(dv, kKeys * stride, C(0));
@@ -143,15 +65,15 @@ void task(const Call<T>& c, const Keys<C>& keys, Range groups, int64_t group, in
             if (seen.empty()) continue;
             seen = {round_down(seen.begin, kRows), round_up(seen.end, kRows)};
             const int64_t columns = round_up(some.size(), N), in_block = (seen.begin - origin) * stride;
-            multiply<C, false, false>(keys.k(group, seen.begin), stride, r.q_panels + row * D, N, N * D,
+            multiply<C, false, false>(keys.at(0, group, seen.begin), stride, r.q_panels + row * D, N, N * D,
                                       seen.size(), columns, D, scores, kQueries);
-            multiply<C, false, false>(keys.v(group, seen.begin), stride, r.do_panels + row * D, N, N * D,
+            multiply<C, false, false>(keys.at(1, group, seen.begin), stride, r.do_panels + row * D, N, N * D,
                                       seen.size(), columns, D, d_p, kQueries);
             hide(queries, some, seen, seen, scores);
             differentiate(scores, d_p, seen.size(), columns, r.lse + row, r.delta + row);
             if (c.dq)
-                multiply<C, true, true>(d_p, kQueries, keys.k(group, seen.begin), stride, N, some.size(), D,
-                                        seen.size(), r.dq + row * stride, stride);
+                multiply<C, true, true>(d_p, kQueries, keys.at(0, group, seen.begin), stride, N, some.size(),
+                                        D, seen.size(), dq + row * stride, stride);
             if (for_keys && c.dk)
                 multiply<C, false, true>(d_p, kQueries, r.q + row * stride, stride, N, seen.size(), D,
                                          some.size(), dk + in_block, stride);
@@ -161,27 +83,21 @@ void task(const Call<T>& c, const Keys<C>& keys, Range groups, int64_t group, in
         }
         if (!for_keys) continue;
         turns.wait(group, chunk, block.end);
-        for (int64_t key = wanted.begin; key < wanted.end; ++key) {
-            const int64_t out =
-                ((queries.b * (s.Tk - c.key_start) + key - c.key_start) * s.Hk + queries.kv_head) * D;
-            if (c.dk) add_row(dk + (key - origin) * stride, C(1) / kUnit<C>, D, c.dk + out);
-            if (c.dv) add_row(dv + (key - origin) * stride, C(1), D, c.dv + out);
-        }
+        c.dk.add(s, queries, block, wanted, dk, C(1) / kUnit<C>);
+        c.dv.add(s, queries, block, wanted, dv, C(1));
         turns.done(group, chunk, block.end);
     }
     turns.wait(group, chunk, s.Tk);
     turns.done(group, chunk, round_up(s.Tk, kKeys));
     if (!c.dq) return;
-    for (int64_t row = 0; row < rows; ++row) {
-        T* to = c.dq + ((queries.b * s.Tq + queries.position(row)) * s.H + queries.head(row)) * D;
-        narrow_row(r.dq + row * stride, D, c.scale, to);
-    }
+    for (int64_t row = 0; row < rows; ++row)
+        c.dq.write(queries.b, queries.position(row), queries.head(row), dq + row * stride, c.outcome.scale);
 }
 
-template <class T, class C = compute_t<T>>
-void backward(const Call<T>& c) {
+template <class C>
+void backward(const Call<C>& c) {
     const int64_t chunks = c.s.chunks();
-    with_packed(c.s, c.k, c.v, [&](Range groups, const Keys<C>& keys) {
+    with_packed<C>(c.s, {{c.k}, {c.v}}, [&](Range groups, const Keys<C>& keys) {
         Turns turns(groups.size(), chunks);
         parallel_tasks(groups.size() * chunks, [&](int64_t index, int) {
             task(c, keys, groups, index % groups.size(), index / groups.size(), turns);
@@ -200,18 +116,17 @@ void swa_backward(Dtype dtype, const void* d_o, int64_t do_b, int64_t do_t, int6
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         using C = compute_t<T>;
-        backward<T>({{B, Tq, Tk, H, Hk, D, first, first_b},
-                     {static_cast<const T*>(d_o), do_b, do_t, do_h},
-                     {static_cast<const T*>(q), q_b, q_t, q_h},
-                     {static_cast<const T*>(k), k_b, k_t, k_h},
-                     {static_cast<const T*>(v), v_b, v_t, v_h},
-                     {static_cast<const T*>(o), o_b, o_t, o_h},
-                     static_cast<const C*>(lse),
-                     static_cast<T*>(dq),
-                     static_cast<C*>(dk),
-                     static_cast<C*>(dv),
-                     key_start,
-                     static_cast<C>(scale)});
+        backward<C>({{B, Tq, Tk, H, Hk, D, first, first_b},
+                     {Tensor<T>{static_cast<const T*>(q), q_b, q_t, q_h},
+                      Tensor<T>{static_cast<const T*>(d_o), do_b, do_t, do_h},
+                      Tensor<T>{static_cast<const T*>(o), o_b, o_t, o_h}, static_cast<const C*>(lse),
+                      static_cast<C>(scale)},
+                     Tensor<T>{static_cast<const T*>(k), k_b, k_t, k_h},
+                     Tensor<T>{static_cast<const T*>(v), v_b, v_t, v_h},
+                     {static_cast<T*>(dq), Tq, H, D},
+                     {static_cast<C*>(dk), key_start},
+                     {static_cast<C*>(dv), key_start},
+                     key_start});
     });
 }
 

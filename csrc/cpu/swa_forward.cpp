@@ -15,13 +15,13 @@ using namespace swa;
 constexpr int64_t kEnoughTasks = 16;
 constexpr int64_t kKeysOfPart = 512;
 
-template <class T>
+template <class C>
 struct Call {
     Sizes s;
-    Tensor<T> q, k, v;
-    T* o;
-    compute_t<T>* lse;
-    compute_t<T> scale;
+    Source<C> q, k, v;
+    Sink<C> o;
+    C* lse;
+    C scale;
 };
 
 // A tile of scores becomes weights: for the queries from column 0 to `columns` and `keys` rows.
@@ -51,8 +51,8 @@ void soften(C* tile, int64_t keys, int64_t columns, int64_t row, Running<C>& run
 }
 
 // Takes the rows of a task over the keys `range` of a packed group, block by block.
-template <class T, class C = compute_t<T>>
-void attend(const Call<T>& c, const Queries& queries, const Keys<C>& keys, int64_t group, Range range,
+template <class C>
+void attend(const Call<C>& c, const Queries& queries, const Keys<C>& keys, int64_t group, Range range,
             Running<C>& run) {
     const int64_t rows = queries.rows(), padded = round_up(rows, kQueries), D = c.s.D,
                   stride = row_stride<C>(D);
@@ -70,32 +70,31 @@ void attend(const Call<T>& c, const Queries& queries, const Keys<C>& keys, int64
             if (seen.empty()) continue;
             seen = {round_down(seen.begin, kRows), round_up(seen.end, kRows)};
             const int64_t columns = round_up(some.size(), kColumns<C>);
-            multiply<C, false, false>(keys.k(group, seen.begin), stride, panels + row * D, kColumns<C>,
+            multiply<C, false, false>(keys.at(0, group, seen.begin), stride, panels + row * D, kColumns<C>,
                                       kColumns<C> * D, seen.size(), columns, D, tile, kQueries);
             hide(queries, some, seen, range, tile);
             soften(tile, seen.size(), columns, row, run);
-            multiply<C, true, true>(tile, kQueries, keys.v(group, seen.begin), stride, kColumns<C>,
+            multiply<C, true, true>(tile, kQueries, keys.at(1, group, seen.begin), stride, kColumns<C>,
                                     some.size(), D, seen.size(), run.o + row * stride, stride);
         }
     }
 }
 
 // Writes o and lse of a task's rows.
-template <class T, class C = compute_t<T>>
-void finish(const Call<T>& c, const Queries& queries, const Running<C>& run) {
+template <class C>
+void finish(const Call<C>& c, const Queries& queries, const Running<C>& run) {
     const Sizes& s = c.s;
     for (int64_t r = 0; r < queries.rows(); ++r) {
         const int64_t position = queries.position(r), head = queries.head(r);
         const C inverse = run.l[r] == C(0) ? C(0) : C(1) / run.l[r];
-        narrow_row(run.o + r * run.stride, s.D, inverse,
-                   c.o + ((queries.b * s.Tq + position) * s.H + head) * s.D);
+        c.o.write(queries.b, position, head, run.o + r * run.stride, inverse);
         c.lse[(queries.b * s.H + head) * s.Tq + position] = run.m[r] / kUnit<C> + std::log(run.l[r]);
     }
 }
 
 // Runs the tasks of some groups; attend(queries, group, range, run) takes a task's rows over a range of keys.
-template <class T, class F, class C = compute_t<T>>
-void run_groups(const Call<T>& c, Range groups, F&& attend) {
+template <class C, class F>
+void run_groups(const Call<C>& c, Range groups, F&& attend) {
     const Sizes& s = c.s;
     const int64_t chunks = s.chunks(), tasks = groups.size() * chunks;
     const int64_t parts = most(1, least(kEnoughTasks / tasks, s.Tk / kKeysOfPart));
@@ -136,15 +135,9 @@ void run_groups(const Call<T>& c, Range groups, F&& attend) {
     });
 }
 
-template <class T, class C = compute_t<T>>
-void forward(const Call<T>& c) {
-    if (c.s.most_rows() <= kFewRows) {
-        run_groups(c, {0, c.s.groups()}, [&](const Queries& queries, int64_t, Range range, Running<C>& run) {
-            attend_few(c.q, c.k, c.v, c.scale, c.s.D, queries, range, run);
-        });
-        return;
-    }
-    with_packed(c.s, c.k, c.v, [&](Range groups, const Keys<C>& keys) {
+template <class C>
+void forward(const Call<C>& c) {
+    with_packed<C>(c.s, {{c.k}, {c.v}}, [&](Range groups, const Keys<C>& keys) {
         run_groups(c, groups, [&](const Queries& queries, int64_t group, Range range, Running<C>& run) {
             attend(c, queries, keys, group, range, run);
         });
@@ -160,13 +153,20 @@ void swa_forward(Dtype dtype, const void* q, int64_t q_b, int64_t q_t, int64_t q
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         using C = compute_t<T>;
-        forward<T>({{B, Tq, Tk, H, Hk, D, first, first_b},
-                    {static_cast<const T*>(q), q_b, q_t, q_h},
-                    {static_cast<const T*>(k), k_b, k_t, k_h},
-                    {static_cast<const T*>(v), v_b, v_t, v_h},
-                    static_cast<T*>(o),
-                    static_cast<C*>(lse),
-                    static_cast<C>(scale)});
+        const Tensor<T> queries{static_cast<const T*>(q), q_b, q_t, q_h},
+            keys{static_cast<const T*>(k), k_b, k_t, k_h}, values{static_cast<const T*>(v), v_b, v_t, v_h};
+        const Call<C> c{{B, Tq, Tk, H, Hk, D, first, first_b},
+                        queries,
+                        keys,
+                        values,
+                        {static_cast<T*>(o), Tq, H, D},
+                        static_cast<C*>(lse),
+                        static_cast<C>(scale)};
+        if (c.s.most_rows() > kFewRows) return forward(c);
+        const Range all{0, c.s.groups()};
+        run_groups(c, all, [&](const Queries& rows, int64_t, Range range, Running<C>& run) {
+            attend_few(queries, keys, values, c.scale, D, rows, range, run);
+        });
     });
 }
 

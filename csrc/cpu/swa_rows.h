@@ -55,6 +55,88 @@ struct Tensor {
     }
 };
 
+// out (D rounded up to kColumns) = row * factor, then zeros.
+template <class T, class C = compute_t<T>>
+inline void widen_row(const T* row, int64_t D, C factor, C* out) {
+    constexpr int L = lanes<C>;
+    int64_t d = 0;
+    for (; d + L <= D; d += L) store(out + d, load(row + d) * factor);
+    if (d < D) {
+        store(out + d, load_first(row + d, D - d) * factor);
+        d += L;
+    }
+    for (; d < round_up(D, kColumns<C>); d += L) store(out + d, vec<C>{});
+}
+
+// out (D) = row * factor, in a tensor's element type.
+template <class T, class C = compute_t<T>>
+inline void narrow_row(const C* row, int64_t D, C factor, T* out) {
+    constexpr int L = lanes<C>;
+    int64_t d = 0;
+    for (; d + L <= D; d += L) store(out + d, load(row + d) * factor);
+    if (d < D) store_first(out + d, load(row + d) * factor, D - d);
+}
+
+// A tensor whose rows are read in the type computed in, so that what is computed from them is compiled once
+// for all element types. Without data: not given.
+template <class C>
+class Source {
+  public:
+    Source() = default;
+    template <class T>
+    Source(Tensor<T> from)
+        : data_(reinterpret_cast<const char*>(from.data)),
+          b_(from.b * size(from)),
+          t_(from.t * size(from)),
+          h_(from.h * size(from)),
+          widen_([](const void* row, int64_t D, C factor, C* out) {
+              widen_row(static_cast<const T*>(row), D, factor, out);
+          }) {}
+
+    explicit operator bool() const { return data_ != nullptr; }
+    // out (D rounded up to kColumns) = row * factor, then zeros.
+    void read(int64_t sequence, int64_t position, int64_t head, int64_t D, C factor, C* out) const {
+        widen_(data_ + sequence * b_ + position * t_ + head * h_, D, factor, out);
+    }
+
+  private:
+    template <class T>
+    static int64_t size(const Tensor<T>&) {
+        return sizeof(T);
+    }
+
+    const char* data_ = nullptr;
+    int64_t b_ = 0, t_ = 0, h_ = 0;
+    void (*widen_)(const void*, int64_t, C, C*) = nullptr;
+};
+
+// The rows of a contiguous (B, T, heads, D) result, in its element type. Without data: not wanted.
+template <class C>
+class Sink {
+  public:
+    template <class T>
+    Sink(T* data, int64_t T_, int64_t heads, int64_t D)
+        : data_(reinterpret_cast<char*>(data)),
+          positions_(T_),
+          heads_(heads),
+          D_(D),
+          size_(sizeof(T)),
+          narrow_([](const C* row, int64_t n, C factor, void* out) {
+              narrow_row(row, n, factor, static_cast<T*>(out));
+          }) {}
+
+    explicit operator bool() const { return data_ != nullptr; }
+    // That row = row * factor.
+    void write(int64_t sequence, int64_t position, int64_t head, const C* row, C factor) const {
+        narrow_(row, D_, factor, data_ + ((sequence * positions_ + position) * heads_ + head) * D_ * size_);
+    }
+
+  private:
+    char* data_;
+    int64_t positions_, heads_, D_, size_;
+    void (*narrow_)(const C*, int64_t, C, void*);
+};
+
 // The query rows of a task: all heads of a group at positions [begin, end), row r being at position
 // begin + r / group.
 struct Queries {

@@ -35,6 +35,13 @@ inline int64_t most(int64_t a, int64_t b) {
     return a > b ? a : b;
 }
 
+// Elements from one row of D to the next: whole register tiles, and no power of two, which would map every
+// row to the same few cache sets.
+template <class C>
+inline int64_t row_stride(int64_t D) {
+    return round_up(D, kColumns<C>) + kColumns<C>;
+}
+
 // Scores are kept in the unit in which their exponential is cheapest: float uses powers of two.
 template <class C>
 constexpr C kUnit = sizeof(C) == 4 ? C(1.4426950408889634) : C(1);

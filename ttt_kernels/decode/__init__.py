@@ -13,6 +13,9 @@ from ttt_kernels.decode.layers import LayerWeights, Stack
 
 __all__ = ["Decoded", "LayerWeights", "Stack", "step"]
 
+BACKENDS = ("cpu", "reference")
+"""Those that have kernels for `step`."""
+
 
 class Decoded(NamedTuple):
     """What a token's way through the stack gives."""

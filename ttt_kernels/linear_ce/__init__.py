@@ -80,8 +80,8 @@ def linear_cross_entropy_jvp(
     x: Tensor,
     weight: Tensor,
     target: Tensor,
-    x_tangent: Tensor | None = None,
-    weight_tangent: Tensor | None = None,
+    x_dot: Tensor | None = None,
+    weight_dot: Tensor | None = None,
     *,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
@@ -91,7 +91,7 @@ def linear_cross_entropy_jvp(
 
     Args:
         x, weight, target, ignore_index, reduction: as in `linear_cross_entropy`.
-        x_tangent, weight_tangent: shape, dtype and device of their arguments; None is zero and costs nothing.
+        x_dot, weight_dot: shape, dtype and device of their arguments; None is zero and costs nothing.
         backend: None for the best that can run, or a backend's name.
 
     Returns:
@@ -101,13 +101,13 @@ def linear_cross_entropy_jvp(
         ValueError: as `linear_cross_entropy`, or a tangent is not like its argument.
     """
     _check("linear_cross_entropy_jvp", x, weight, target, reduction)
-    tangents.check("linear_cross_entropy_jvp", x=(x, x_tangent), weight=(weight, weight_tangent))
-    present = tuple(t for t in (x, weight, target, x_tangent, weight_tangent) if t is not None)
+    tangents.check("linear_cross_entropy_jvp", x=(x, x_dot), weight=(weight, weight_dot))
+    present = tuple(t for t in (x, weight, target, x_dot, weight_dot) if t is not None)
     select("linear_cross_entropy_jvp", backend, present, {})
     rows, labels = x.reshape(target.numel(), x.shape[-1]), target.reshape(-1).long()
     _check_targets(labels, weight, ignore_index)
-    t_rows = None if x_tangent is None else x_tangent.reshape(rows.shape)
-    nll, tangent = jvp.forward(rows, weight, labels, t_rows, weight_tangent, ignore_index)
+    t_rows = None if x_dot is None else x_dot.reshape(rows.shape)
+    nll, tangent = jvp.forward(rows, weight, labels, t_rows, weight_dot, ignore_index)
     return (
         _reduced(nll, target, ignore_index, reduction),
         _reduced(tangent, target, ignore_index, reduction),

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ttt_kernels.linear_ce import targets
 from ttt_kernels.linear_ce.blocks import blocks
 from ttt_kernels.linear_ce.reference import compute_dtype, logits_tangent, own_column
 from ttt_kernels.matmul import mm
@@ -33,7 +34,8 @@ def forward(
     shares = torch.stack(lse)
     nll = torch.logsumexp(shares, 0) - torch.stack(picked).sum(0)
     tangent = (torch.softmax(shares, 0) * torch.stack(mean)).sum(0) - torch.stack(picked_along).sum(0)
-    ignored = target == ignore_index
-    return torch.where(ignored, torch.zeros_like(nll), nll), torch.where(
-        ignored, torch.zeros_like(tangent), tangent
+    classes = weight.shape[0]
+    return (
+        targets.losses(nll, target, classes, ignore_index),
+        targets.losses(tangent, target, classes, ignore_index),
     )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ttt_kernels.linear_ce import targets
 from ttt_kernels.linear_ce.blocks import blocks
 from ttt_kernels.matmul import mm
 from ttt_kernels.tangents import product, total
@@ -35,7 +36,7 @@ def forward(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> tup
         picked.append(own_column(logits, target - block.start))
     whole = torch.logsumexp(torch.stack(lse), 0)
     nll = whole - torch.stack(picked).sum(0)
-    return torch.where(target == ignore_index, torch.zeros_like(nll), nll), whole
+    return targets.losses(nll, target, weight.shape[0], ignore_index), whole
 
 
 def logits_tangent(

@@ -1,5 +1,6 @@
 """What a target may be."""
 
+import torch
 from torch import Tensor
 
 
@@ -15,3 +16,13 @@ def check(target: Tensor, classes: int, ignore_index: int) -> None:
             f"linear_cross_entropy: target holds {int(target[bad][0])}; accepted are the classes 0 to "
             f"{classes - 1} of weight and ignore_index {ignore_index}"
         )
+
+
+def losses(values: Tensor, target: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """`values` (N,), 0 where the target is ignored and NaN where it is no class.
+
+    NaN, because nobody has checked the targets of a call that is traced or transformed.
+    """
+    outside = (target < 0) | (target >= classes)
+    values = values.masked_fill(outside, torch.nan)
+    return torch.where(target == ignore_index, torch.zeros_like(values), values)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ttt_kernels import checks
+from ttt_kernels import tangents
 from ttt_kernels.backends import select
 from ttt_kernels.rms_norm import check, reference
 
@@ -34,17 +34,11 @@ def rms_norm_jvp(
         ValueError: an argument has an unsuitable shape, dtype or device, or the backend cannot serve it.
     """
     check("rms_norm_jvp", x, weight, eps)
-    for name, primal, tangent in (("x_dot", x, x_dot), ("weight_dot", weight, weight_dot)):
-        if tangent is not None and (tangent.shape, tangent.dtype) != (primal.shape, primal.dtype):
-            raise ValueError(
-                f"rms_norm_jvp: {name} has shape {checks.shape(tangent)} and dtype {tangent.dtype}; accepted "
-                f"are its argument's, {checks.shape(primal)} and {primal.dtype}"
-            )
-    tangents = (
+    tangents.check("rms_norm_jvp", x=(x, x_dot), weight=(weight, weight_dot))
+    dots = (
         torch.zeros_like(x) if x_dot is None else x_dot,
         torch.zeros_like(weight) if weight_dot is None else weight_dot,
     )
-    checks.same_device("rms_norm_jvp", x=x, x_dot=tangents[0], weight_dot=tangents[1])
-    select("rms_norm_jvp", backend, (x, weight, *tangents), {})
-    y, y_dot = torch.func.jvp(lambda a, w: reference.forward(a, w, eps)[0], (x, weight), tangents)[:2]
+    select("rms_norm_jvp", backend, (x, weight, *dots), {})
+    y, y_dot = torch.func.jvp(lambda a, w: reference.forward(a, w, eps)[0], (x, weight), dots)[:2]
     return y, y_dot

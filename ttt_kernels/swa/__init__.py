@@ -50,7 +50,11 @@ operator = Operator(
             "backward": reference.backward,
             "double_backward": reference.double_backward,
         },
-        "cpu": {"forward": cpu.forward, "backward": cpu.backward},
+        "cpu": {
+            "forward": cpu.forward,
+            "backward": cpu.backward,
+            "double_backward": cpu.double_backward,
+        },
     },
     refusals={"cpu": refuse_on_cpu},
     keeps=("o",),
@@ -107,9 +111,9 @@ def sliding_window_attention_jvp(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_tangent: Tensor | None = None,
-    k_tangent: Tensor | None = None,
-    v_tangent: Tensor | None = None,
+    q_dot: Tensor | None = None,
+    k_dot: Tensor | None = None,
+    v_dot: Tensor | None = None,
     *,
     window: int | None = None,
     scale: float | None = None,
@@ -121,7 +125,7 @@ def sliding_window_attention_jvp(
 
     Args:
         q, k, v, window, scale, key_lengths, cu_seqlens: as for `sliding_window_attention`.
-        q_tangent, k_tangent, v_tangent: like their arguments; None for zero.
+        q_dot, k_dot, v_dot: like their arguments; None for zero.
         backend: None or "reference", which any device can run.
 
     Returns:
@@ -133,8 +137,8 @@ def sliding_window_attention_jvp(
     """
     name = "sliding_window_attention_jvp"
     check.arguments(name, q, k, v, window, key_lengths, cu_seqlens)
-    tangents.check(name, q=(q, q_tangent), k=(k, k_tangent), v=(v, v_tangent))
-    given = tuple(t for t in (q, k, v, q_tangent, k_tangent, v_tangent) if t is not None)
+    tangents.check(name, q=(q, q_dot), k=(k, k_dot), v=(v, v_dot))
+    given = tuple(t for t in (q, k, v, q_dot, k_dot, v_dot) if t is not None)
     select(name, backend, given, {})
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return jvp.forward(q, k, v, q_tangent, k_tangent, v_tangent, key_lengths, cu_seqlens, window, scale)
+    return jvp.forward(q, k, v, q_dot, k_dot, v_dot, key_lengths, cu_seqlens, window, scale)

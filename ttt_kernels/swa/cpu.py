@@ -81,3 +81,46 @@ def backward(
             b, tq, tk, heads, kv_heads, d, key_start, scale,
         )  # fmt: skip
     return dq, None if dk is None else dk.to(k.dtype), None if dv is None else dv.to(v.dtype)
+
+
+def double_backward(
+    g_q: Tensor | None,
+    g_k: Tensor | None,
+    g_v: Tensor | None,
+    d_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    window: int | None,
+    scale: float,
+    key_start: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """As `reference.double_backward`."""
+    cotangents = [None if g is None else _rows(g) for g in (g_q, g_k, g_v)]
+    d_o, q, k, v, o, lse = _rows(d_o), _rows(q), _rows(k), _rows(v), _rows(o), lse.contiguous()
+    b, tq, heads, d = q.shape
+    _, tk, kv_heads, _ = k.shape
+    first, first_b = _first_keys(q, k, key_lengths, cu_seqlens, window)
+    wide = compute_dtype(q.dtype)
+    do_bar = q.new_empty(q.shape) if needs[0] else None
+    q_bar = q.new_empty(q.shape) if needs[1] else None
+    k_bar = k.new_zeros(k.shape, dtype=wide) if needs[2] else None
+    v_bar = k.new_zeros(k.shape, dtype=wide) if needs[3] else None
+    if q.numel():
+        kernels().swa_double_backward(
+            dtype_code(q.dtype), *(n for g in cotangents for n in ((0, 0, 0, 0) if g is None else _located(g))),
+            *_located(d_o), *_located(q), *_located(k), *_located(v), first.data_ptr(), first_b, *_located(o),
+            lse.data_ptr(), *(0 if t is None else t.data_ptr() for t in (do_bar, q_bar, k_bar, v_bar)),
+            b, tq, tk, heads, kv_heads, d, key_start, scale,
+        )  # fmt: skip
+    return (
+        do_bar,
+        q_bar,
+        None if k_bar is None else k_bar.to(k.dtype),
+        None if v_bar is None else v_bar.to(v.dtype),
+    )

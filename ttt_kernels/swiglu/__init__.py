@@ -62,10 +62,10 @@ def swiglu_jvp(
     w_gate: Tensor,
     w_up: Tensor,
     w_down: Tensor,
-    x_tangent: Tensor | None = None,
-    w_gate_tangent: Tensor | None = None,
-    w_up_tangent: Tensor | None = None,
-    w_down_tangent: Tensor | None = None,
+    x_dot: Tensor | None = None,
+    w_gate_dot: Tensor | None = None,
+    w_up_dot: Tensor | None = None,
+    w_down_dot: Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ def swiglu_jvp(
 
     Args:
         x, w_gate, w_up, w_down: as in `swiglu`.
-        x_tangent, w_gate_tangent, w_up_tangent, w_down_tangent: shape, dtype and device of their arguments;
+        x_dot, w_gate_dot, w_up_dot, w_down_dot: shape, dtype and device of their arguments;
             None is zero and costs nothing.
         backend: None for the best that can run, or a backend's name.
 
@@ -86,12 +86,12 @@ def swiglu_jvp(
     _check("swiglu_jvp", x, w_gate, w_up, w_down)
     tangents.check(
         "swiglu_jvp",
-        x=(x, x_tangent),
-        w_gate=(w_gate, w_gate_tangent),
-        w_up=(w_up, w_up_tangent),
-        w_down=(w_down, w_down_tangent),
+        x=(x, x_dot),
+        w_gate=(w_gate, w_gate_dot),
+        w_up=(w_up, w_up_dot),
+        w_down=(w_down, w_down_dot),
     )
-    arguments = (x, w_gate, w_up, w_down, x_tangent, w_gate_tangent, w_up_tangent, w_down_tangent)
+    arguments = (x, w_gate, w_up, w_down, x_dot, w_gate_dot, w_up_dot, w_down_dot)
     select("swiglu_jvp", backend, tuple(t for t in arguments if t is not None), {})
     return jvp.forward(*arguments)
 

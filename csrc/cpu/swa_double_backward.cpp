@@ -1,0 +1,286 @@
+// Attention over a sliding window, backward of the backward: given the cotangents A, B, C of dQ, dK, dV, with
+// P and D as in the backward pass,
+//     S' = s (A K^T + Q B^T)    r = rowsum(P * S')    P' = P * (S' - r)    O' = P' V + P C
+//     T  = P * (S' * (dP - D) - r dP + dO C^T - E)    E = rowsum(P * S' * dP + P * (dO C^T)) - 2 D r
+//     Q' = s (dS B + T K)    K' = s (dS^T A + T^T Q)    V' = P'^T dO
+// A task has the queries of a chunk and goes twice through the keys that they see: first for r, E and O', its
+// cotangent of dO, which is also the derivative of the output along (A, B, C); then for the others. It shares
+// its part of K' and V' as the backward pass does.
+#include "common/parallel.h"
+#include "cpu/kernels.h"
+#include "cpu/swa_gradient.h"
+#include "cpu/swa_turns.h"
+
+namespace ttt::TTT_ISA {
+namespace {
+
+using namespace swa;
+
+template <class C>
+struct Call {
+    Sizes s;
+    Outcome<C> outcome;
+    Source<C> k, v, a, b, c;
+    int64_t key_start;
+    Sink<C> do_bar, q_bar;
+    KeySum<C> k_bar, v_bar;
+
+    bool second_sweep() const { return q_bar || k_bar || v_bar; }
+};
+
+enum Tensors { kK, kV, kB, kC };
+
+// The tiles of a block of keys and kQueries query rows, keys down and queries across.
+template <class C>
+struct Tiles {
+    C *p, *s1, *d_p, *g;
+
+    static constexpr int64_t kElements = kKeys * kQueries;
+    explicit Tiles(Scratch<C>& scratch)
+        : p(scratch.take(kElements)),
+          s1(scratch.take(kElements)),
+          d_p(scratch.take(kElements)),
+          g(scratch.take(kElements)) {}
+};
+
+// Takes one tile of the first sweep: p becomes P, s1 becomes P * S', and the sums of rows grow.
+template <class C>
+void summarize(const Tiles<C>& t, int64_t keys, int64_t columns, const C* lse, C* r, C* e) {
+    for (int64_t c = 0; c < columns; c += lanes<C>) {
+        const vec<C> l = load(lse + c);
+        vec<C> of_r{}, of_e{};
+        for (int64_t i = c; i < keys * kQueries; i += kQueries) {
+            const vec<C> p = power(load(t.p + i) - l), ps = p * load(t.s1 + i);
+            of_r += ps;
+            of_e += ps * load(t.d_p + i) + p * load(t.g + i);
+            store(t.p + i, p);
+            store(t.s1 + i, ps);
+        }
+        store(r + c, load(r + c) + of_r);
+        store(e + c, load(e + c) + of_e);
+    }
+}
+
+// Takes one tile of the second sweep: p becomes P', d_p becomes dS in kUnit, and g becomes T.
+template <class C>
+void differentiate(const Tiles<C>& t, int64_t keys, int64_t columns, const C* lse, const C* delta, const C* r,
+                   const C* e) {
+    for (int64_t c = 0; c < columns; c += lanes<C>) {
+        const vec<C> l = load(lse + c), d = load(delta + c), of_r = load(r + c), of_e = load(e + c);
+        for (int64_t i = c; i < keys * kQueries; i += kQueries) {
+            const vec<C> p = power(load(t.p + i) - l), s1 = load(t.s1 + i), d_p = load(t.d_p + i),
+                         difference = d_p - d;
+            store(t.g + i, p * (s1 * difference - of_r * d_p + load(t.g + i) - of_e));
+            store(t.d_p + i, p * difference * kUnit<C>);
+            store(t.p + i, p * (s1 - of_r));
+        }
+    }
+}
+
+template <class C>
+class Task {
+  public:
+    Task(const Call<C>& call, const Keys<C>& keys, const Queries& queries, int64_t group)
+        : c(call),
+          keys(keys),
+          queries(queries),
+          group(group),
+          rows(queries.rows()),
+          padded(round_up(rows, kQueries)),
+          D(c.s.D),
+          stride(row_stride<C>(D)),
+          scratch(GradientRows<C>::elements(padded, D) + padded * (2 * stride + D + 2) +
+                  4 * Tiles<C>::kElements + 2 * kKeys * stride),
+          of(c.outcome, c.s, queries, scratch),
+          a(scratch.take(padded * stride)),
+          sum(scratch.take(padded * stride)),
+          a_panels(scratch.take(padded * D)),
+          r(scratch.take(padded)),
+          e(scratch.take(padded)),
+          tiles(scratch),
+          k_sum(scratch.take(kKeys * stride)),
+          v_sum(scratch.take(kKeys * stride)) {
+        if (c.a) pack_queries(c.a, queries, D, c.outcome.scale, a, a_panels);
+        fill(r, padded, C(0));
+        fill(e, padded, C(0));
+    }
+
+    // r, E and O'.
+    void first_sweep() {
+        const bool of_e = c.second_sweep();
+        if (c.do_bar) fill(sum, padded * stride, C(0));
+        if (!of_e) {
+            fill(tiles.d_p, kKeys * kQueries, C(0));
+            fill(tiles.g, kKeys * kQueries, C(0));
+        }
+        const Range range = queries.keys();
+        for (int64_t origin = round_down(range.begin, kKeys); origin < range.end; origin += kKeys) {
+            for (int64_t row = 0; row < rows; row += kQueries) {
+                const Range some = rows_from(row), seen = seen_by(some, origin);
+                if (seen.empty()) continue;
+                fill_tiles(some, seen, of_e);
+                summarize(tiles, seen.size(), columns(some), of.lse + row, r + row, e + row);
+                if (!c.do_bar) continue;
+                add_rows(tiles.s1, kV, some, seen);
+                if (c.c) add_rows(tiles.p, kC, some, seen);
+            }
+        }
+        for (int64_t i = 0; i < padded; ++i) e[i] -= 2 * of.delta[i] * r[i];
+        if (!c.do_bar) return;
+        Scratch<C> memory(stride);
+        C* o = memory.take(stride);
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t position = queries.position(row), head = queries.head(row);
+            C* to = sum + row * stride;
+            c.outcome.o.read(queries.b, position, head, D, r[row], o);
+            for (int64_t d = 0; d < D; d += lanes<C>) store(to + d, load(to + d) - load(o + d));
+            c.do_bar.write(queries.b, position, head, to, C(1));
+        }
+    }
+
+    // Q', K' and V'.
+    void second_sweep(int64_t chunk, Turns& turns) {
+        const Range range = queries.keys();
+        fill(sum, padded * stride, C(0));
+        for (int64_t origin = round_down(range.begin, kKeys); origin < range.end; origin += kKeys) {
+            fill(k_sum, kKeys * stride, C(0));
+            fill(v_sum, kKeys * stride, C(0));
+            for (int64_t row = 0; row < rows; row += kQueries) {
+                const Range some = rows_from(row), seen = seen_by(some, origin);
+                if (seen.empty()) continue;
+                fill_tiles(some, seen, true);
+                differentiate(tiles, seen.size(), columns(some), of.lse + row, of.delta + row, r + row,
+                              e + row);
+                if (c.q_bar) {
+                    add_rows(tiles.g, kK, some, seen);
+                    if (c.b) add_rows(tiles.d_p, kB, some, seen);
+                }
+                if (c.k_bar) {
+                    add_keys(tiles.g, of.q, some, seen, origin, k_sum);
+                    if (c.a) add_keys(tiles.d_p, a, some, seen, origin, k_sum);
+                }
+                if (c.v_bar) add_keys(tiles.p, of.d_o, some, seen, origin, v_sum);
+            }
+            if (!c.k_bar && !c.v_bar) continue;
+            const Range block{origin, origin + kKeys}, wanted = block & Range{0, c.s.Tk};
+            turns.wait(group, chunk, block.end);
+            c.k_bar.add(c.s, queries, block, wanted, k_sum, C(1) / kUnit<C>);
+            c.v_bar.add(c.s, queries, block, wanted, v_sum, C(1));
+            turns.done(group, chunk, block.end);
+        }
+        turns.wait(group, chunk, c.s.Tk);
+        turns.done(group, chunk, round_up(c.s.Tk, kKeys));
+        if (!c.q_bar) return;
+        for (int64_t row = 0; row < rows; ++row)
+            c.q_bar.write(queries.b, queries.position(row), queries.head(row), sum + row * stride,
+                          c.outcome.scale);
+    }
+
+  private:
+    static constexpr int N = kColumns<C>;
+
+    Range rows_from(int64_t row) const { return {row, least(row + kQueries, rows)}; }
+    static int64_t columns(Range some) { return round_up(some.size(), N); }
+    // The keys of a block that some of the rows see, in whole register tiles.
+    Range seen_by(Range some, int64_t origin) const {
+        const Range seen = queries.keys(some) & Range{origin, origin + kKeys};
+        if (seen.empty()) return seen;
+        return {round_down(seen.begin, kRows), round_up(seen.end, kRows)};
+    }
+
+    // out (keys, kQueries) = [out +] rows of keys times the transpose of rows of queries.
+    template <bool kAdd>
+    void product(int64_t tensor, const C* panels, Range some, Range seen, C* out) const {
+        multiply<C, false, kAdd>(keys.at(tensor, group, seen.begin), stride, panels + some.begin * D, N,
+                                 N * D, seen.size(), columns(some), D, out, kQueries);
+    }
+
+    // Scores less what is hidden, S' and, where E or more is wanted, dP and dO C^T.
+    void fill_tiles(Range some, Range seen, bool all) const {
+        product<false>(kK, of.q_panels, some, seen, tiles.p);
+        hide(queries, some, seen, seen, tiles.p);
+        if (c.a) product<false>(kK, a_panels, some, seen, tiles.s1);
+        if (c.a && c.b) product<true>(kB, of.q_panels, some, seen, tiles.s1);
+        if (!c.a && c.b) product<false>(kB, of.q_panels, some, seen, tiles.s1);
+        if (!c.a && !c.b) fill(tiles.s1, seen.size() * kQueries, C(0));
+        if (!all) return;
+        product<false>(kV, of.do_panels, some, seen, tiles.d_p);
+        if (c.c)
+            product<false>(kC, of.do_panels, some, seen, tiles.g);
+        else
+            fill(tiles.g, seen.size() * kQueries, C(0));
+    }
+
+    // The rows' sums += transpose of a tile times rows of keys.
+    void add_rows(const C* tile, int64_t tensor, Range some, Range seen) const {
+        multiply<C, true, true>(tile, kQueries, keys.at(tensor, group, seen.begin), stride, N, some.size(), D,
+                                seen.size(), sum + some.begin * stride, stride);
+    }
+
+    // A block's sums += a tile times rows of queries.
+    void add_keys(const C* tile, const C* of_rows, Range some, Range seen, int64_t origin, C* out) const {
+        multiply<C, false, true>(tile, kQueries, of_rows + some.begin * stride, stride, N, seen.size(), D,
+                                 some.size(), out + (seen.begin - origin) * stride, stride);
+    }
+
+    const Call<C>& c;
+    const Keys<C>& keys;
+    const Queries queries;
+    const int64_t group, rows, padded, D, stride;
+    Scratch<C> scratch;
+    const GradientRows<C> of;
+    C *a, *sum, *a_panels, *r, *e;
+    const Tiles<C> tiles;
+    C *k_sum, *v_sum;
+};
+
+template <class C>
+void double_backward(const Call<C>& c) {
+    const int64_t chunks = c.s.chunks();
+    // Of the products with kB the other factor is in kUnit.
+    const KeySource<C> sources[] = {{c.k}, {c.v}, {c.b, c.key_start, C(1) / kUnit<C>}, {c.c, c.key_start}};
+    with_packed<C>(c.s, sources, [&](Range groups, const Keys<C>& keys) {
+        Turns turns(groups.size(), chunks);
+        parallel_tasks(groups.size() * chunks, [&](int64_t index, int) {
+            const int64_t group = index % groups.size(), chunk = index / groups.size();
+            Task<C> task(c, keys, c.s.queries(groups.begin + group, chunk), group);
+            task.first_sweep();
+            if (c.second_sweep()) task.second_sweep(chunk, turns);
+        });
+    });
+}
+
+}  // namespace
+
+void swa_double_backward(Dtype dtype, const void* a, int64_t a_b, int64_t a_t, int64_t a_h, const void* b,
+                         int64_t b_b, int64_t b_t, int64_t b_h, const void* c, int64_t c_b, int64_t c_t,
+                         int64_t c_h, const void* d_o, int64_t do_b, int64_t do_t, int64_t do_h,
+                         const void* q, int64_t q_b, int64_t q_t, int64_t q_h, const void* k, int64_t k_b,
+                         int64_t k_t, int64_t k_h, const void* v, int64_t v_b, int64_t v_t, int64_t v_h,
+                         const int64_t* first, int64_t first_b, const void* o, int64_t o_b, int64_t o_t,
+                         int64_t o_h, const void* lse, void* do_bar, void* q_bar, void* k_bar, void* v_bar,
+                         int64_t B, int64_t Tq, int64_t Tk, int64_t H, int64_t Hk, int64_t D,
+                         int64_t key_start, double scale) {
+    dispatch(dtype, [&](auto element) {
+        using T = decltype(element);
+        using C = compute_t<T>;
+        const auto tensor = [](const void* data, int64_t of_b, int64_t of_t, int64_t of_h) {
+            return Tensor<T>{static_cast<const T*>(data), of_b, of_t, of_h};
+        };
+        double_backward<C>({{B, Tq, Tk, H, Hk, D, first, first_b},
+                            {tensor(q, q_b, q_t, q_h), tensor(d_o, do_b, do_t, do_h),
+                             tensor(o, o_b, o_t, o_h), static_cast<const C*>(lse), static_cast<C>(scale)},
+                            tensor(k, k_b, k_t, k_h),
+                            tensor(v, v_b, v_t, v_h),
+                            tensor(a, a_b, a_t, a_h),
+                            tensor(b, b_b, b_t, b_h),
+                            tensor(c, c_b, c_t, c_h),
+                            key_start,
+                            {static_cast<T*>(do_bar), Tq, H, D},
+                            {static_cast<T*>(q_bar), Tq, H, D},
+                            {static_cast<C*>(k_bar), 0},
+                            {static_cast<C*>(v_bar), 0}});
+    });
+}
+
+}  // namespace ttt::TTT_ISA

@@ -1,0 +1,50 @@
+// What both backward passes read of the forward pass.
+#pragma once
+
+#include "cpu/swa_pack.h"
+
+namespace ttt::TTT_ISA::swa {
+
+// Queries, the cotangent and the value of the output, and its log-sum-exp (B, H, Tq).
+template <class C>
+struct Outcome {
+    Source<C> q, d_o, o;
+    const C* lse;
+    C scale;
+};
+
+// A task's query rows: those of q (times scale and kUnit) and of d_o, both also as panels; lse in kUnit and
+// delta = rowsum(d_o * o).
+template <class C>
+struct GradientRows {
+    C *q, *q_panels, *d_o, *do_panels, *lse, *delta;
+
+    static int64_t elements(int64_t padded, int64_t D) { return padded * (2 * row_stride<C>(D) + 2 * D + 2); }
+    GradientRows(const Outcome<C>& from, const Sizes& s, const Queries& queries, Scratch<C>& scratch) {
+        const int64_t D = s.D, stride = row_stride<C>(D), padded = round_up(queries.rows(), kQueries);
+        q = scratch.take(padded * stride);
+        q_panels = scratch.take(padded * D);
+        d_o = scratch.take(padded * stride);
+        do_panels = scratch.take(padded * D);
+        lse = scratch.take(padded);
+        delta = scratch.take(padded);
+        pack_queries(from.q, queries, D, from.scale * kUnit<C>, q, q_panels);
+        pack_queries(from.d_o, queries, D, C(1), d_o, do_panels);
+        fill(lse, padded, C(0));
+        fill(delta, padded, C(0));
+        Scratch<C> row(stride);
+        C* o = row.take(stride);
+        for (int64_t r = 0; r < queries.rows(); ++r) {
+            const int64_t position = queries.position(r), head = queries.head(r);
+            const C value = from.lse[(queries.b * s.H + head) * s.Tq + position];
+            // A row without keys has the lse -inf, from which its scores of -inf would differ by NaN.
+            lse[r] = value == C(-INFINITY) ? C(0) : value * kUnit<C>;
+            from.o.read(queries.b, position, head, D, C(1), o);
+            vec<C> sum{};
+            for (int64_t d = 0; d < D; d += lanes<C>) sum += load(o + d) * load(d_o + r * stride + d);
+            delta[r] = sum_lanes<C>(sum);
+        }
+    }
+};
+
+}  // namespace ttt::TTT_ISA::swa
