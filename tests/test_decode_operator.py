@@ -171,6 +171,7 @@ def assert_agrees(stack: Stack, dtype: torch.dtype, rows: Sequence[int], counts:
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_every_instruction_set(
     isa: str, dtype: torch.dtype, shape: tuple[int, int, int, int], counts: tuple[int, int]
 ) -> None:

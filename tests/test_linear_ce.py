@@ -327,6 +327,7 @@ def test_backward_returns_what_is_wanted(needs: list[bool]) -> None:
             assert o is None
 
 
+@pytest.mark.slow
 def test_registered_operators() -> None:
     x, weight, target = problem(4, 3, 6)
     leaves = [t.requires_grad_() for t in (x, weight)]

@@ -275,6 +275,7 @@ def _detached(value: object) -> object:
     return value.detach() if isinstance(value, Tensor) else value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
 @pytest.mark.parametrize("order", ["", "_backward", "_double_backward"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -289,6 +290,7 @@ def test_opcheck(name: str, order: str, backend: str) -> None:
         opcheck(operator, tuple(_detached(a) for a in _samples(name, backend, None)[order]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
 def test_opcheck_of_unwanted_results(name: str) -> None:
     """An empty tensor in place of a gradient that nobody wants, and of its cotangent."""

@@ -44,6 +44,7 @@ def detached(arguments: tuple) -> tuple:
     return tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("order", ["", "_backward", "_double_backward"])
 @pytest.mark.parametrize("key_start", [0, 3])
@@ -53,6 +54,7 @@ def test_opcheck(backend: str, order: str, key_start: int) -> None:
     opcheck(getattr(torch.ops.ttt_kernels, f"swa{order}").default, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("wanted", range(3))
 def test_opcheck_of_unwanted_results(backend: str, wanted: int) -> None:

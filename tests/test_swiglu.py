@@ -169,6 +169,7 @@ def test_backward_returns_what_is_wanted(needs: list[bool]) -> None:
             assert o is None
 
 
+@pytest.mark.slow
 def test_registered_operators() -> None:
     for batched in (False, True):
         inputs = [t.requires_grad_() for t in arguments((2, 3), 4, 5, batched=batched)]
