@@ -1,16 +1,17 @@
 """Sliding-window attention under transforms and compilation, its forward-mode twin, and what it refuses."""
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
-from harness import BACKENDS, draw
+from harness import BACKENDS, assert_within_budget, draw
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
 from ttt_kernels import sliding_window_attention, sliding_window_attention_jvp
-from ttt_kernels.swa import operator
+from ttt_kernels.swa import jvp, operator
 
 KERNELS = tuple(name for name in BACKENDS if name != "reference")
 
@@ -138,11 +139,12 @@ def test_vmap_is_right_or_refused() -> None:
 # -- The forward-mode twin ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("given", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)])
-def test_jvp_is_the_directional_derivative(given: tuple[int, ...]) -> None:
+def test_jvp_is_the_directional_derivative(backend: str, given: tuple[int, ...]) -> None:
     inputs = qkv()
     tangents = [t if wanted else None for t, wanted in zip(qkv(seed=10), given, strict=True)]
-    o, tangent = sliding_window_attention_jvp(*inputs, *tangents, **OPTIONS)
+    o, tangent = sliding_window_attention_jvp(*inputs, *tangents, **OPTIONS, backend=backend)
     torch.testing.assert_close(o, sliding_window_attention(*inputs, **OPTIONS))
     step = 1e-5
     ahead, behind = (
@@ -155,22 +157,60 @@ def test_jvp_is_the_directional_derivative(given: tuple[int, ...]) -> None:
     torch.testing.assert_close(tangent, (ahead - behind) / (2 * step), rtol=1e-7, atol=1e-8)
 
 
-def test_jvp_differentiates_in_reverse() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("given", [(1, 1, 1), (0, 1, 0)])
+def test_jvp_differentiates_in_reverse(backend: str, given: tuple[int, ...]) -> None:
     shapes = ((1, 2, 2, 2), (1, 3, 1, 2), (1, 3, 1, 2)) * 2
-    inputs = [draw(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+    wanted = (1, 1, 1, *given)
+    inputs = [draw(*s, seed=i).requires_grad_() if wanted[i] else None for i, s in enumerate(shapes)]
 
     def call(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return sliding_window_attention_jvp(*tensors, window=2)
+        present = iter(tensors)
+        every = [next(present) if w else None for w in wanted]
+        return sliding_window_attention_jvp(*every, window=2, backend=backend)
 
-    assert gradcheck(call, inputs)
-    assert gradgradcheck(call, inputs)
+    leaves = [t for t in inputs if t is not None]
+    assert gradcheck(call, leaves)
+    if backend == "reference":
+        assert gradgradcheck(call, leaves)
+        return
+    grads = torch.autograd.grad(call(*leaves)[1].square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"swa_jvp_backward.*no autograd formula"):
+        torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
 
 
-def test_jvp_keeps_the_dtype_and_ignores_what_is_not_valid() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_jvp_within_budget(backend: str, dtype: torch.dtype) -> None:
+    shapes = ((1, 130, 4, 40), (1, 200, 2, 40), (1, 200, 2, 40)) * 2
+    inputs = [draw(*shape, seed=i) for i, shape in enumerate(shapes)]
+
+    def on(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        return lambda *t: sliding_window_attention_jvp(*t, window=90, backend=name)
+
+    assert_within_budget(on, inputs, dtype, backend, highest=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["", "_backward"])
+def test_opcheck_of_the_jvp(order: str) -> None:
+    given = [t.requires_grad_() for seed in (0, 10) for t in qkv(seed)]
+    o, tangent, lse = jvp.operator.forward(*given, LENGTHS, None, 4, 0.7, backend="reference")
+    arguments = (*given, LENGTHS, None, 4, 0.7, BACKENDS[0])
+    if order:
+        d = [draw(*t.shape, seed=20 + i) for i, t in enumerate((o, tangent))]
+        saved = (o.detach(), lse.detach(), 4, 0.7, [True] * 6, BACKENDS[0])
+        arguments = detached((*d, *given, LENGTHS, None, *saved))
+    opcheck(getattr(torch.ops.ttt_kernels, f"swa_jvp{order}").default, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_jvp_keeps_the_dtype_and_ignores_what_is_not_valid(backend: str) -> None:
     inputs, tangents = ([t.bfloat16() for t in qkv(seed)] for seed in (0, 10))
     for t in (*inputs[1:], *tangents[1:]):
         t[1, :3] = float("nan")
-    o, tangent = sliding_window_attention_jvp(*inputs, *tangents, key_lengths=torch.tensor([7, 4]))
+    options = {"key_lengths": torch.tensor([7, 4]), "backend": backend}
+    o, tangent = sliding_window_attention_jvp(*inputs, *tangents, **options)
     assert (o.dtype, tangent.dtype) == (torch.bfloat16, torch.bfloat16)
     assert tangent.isfinite().all()
     assert o[1, 0].abs().max() == 0
@@ -241,5 +281,5 @@ def test_jvp_refuses() -> None:
         sliding_window_attention_jvp(q, k, v, k)
     with pytest.raises(ValueError, match=r"v_dot has shape .* torch.float32"):
         sliding_window_attention_jvp(q, k, v, None, None, v.float())
-    with pytest.raises(ValueError, match=r"'cpu' cannot serve this call: .*what can: .'reference'"):
-        sliding_window_attention_jvp(q, k, v, q, backend="cpu")
+    with pytest.raises(ValueError, match=r"'cuda' cannot serve this call: .*what can: .*'reference'"):
+        sliding_window_attention_jvp(q, k, v, q, backend="cuda")

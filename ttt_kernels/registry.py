@@ -56,7 +56,8 @@ class Operator:
         keeps: the outputs that `backward` and `double_backward` are given too.
         fake_backward: what the gradients look like, where they are not like the differentiable inputs:
             `fake_backward(*inputs, *params) -> gradients`.
-        kernels: backend -> order -> function; "reference" serves every order.
+        kernels: backend -> order -> function; "reference" serves every order, and where it has no
+            "double_backward" the second derivative raises as the third does elsewhere.
         refusals: backend -> why it cannot serve given tensors.
     """
 
@@ -73,15 +74,17 @@ class Operator:
     fake_backward: Kernel | None = None
 
     def __post_init__(self) -> None:
-        assert set(self.kernels["reference"]) == set(ORDERS), f"{self.name}: reference serves every order"
+        served = self.orders("reference")
+        assert served in (ORDERS, ORDERS[:2]), f"{self.name}: reference serves every order that there is"
         assert set(self.differentiable) <= set(self.inputs)
         self._diff_index = [list(self.inputs).index(n) for n in self.differentiable]
         self._kept_index = [list(self.outputs).index(n) for n in self.keeps]
         self._forward = self._define_forward()
-        self._double_backward = self._define_double_backward()
         self._backward = self._define_backward()
         self._link_forward()
-        self._link_backward()
+        if served == ORDERS:
+            self._double_backward = self._define_double_backward()
+            self._link_backward()
         OPERATORS[self.name] = self
 
     def orders(self, backend: str) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ttt_kernels import tangents
-from ttt_kernels.backends import refuse_on_cpu, select
+from ttt_kernels.backends import refuse_on_cpu
 from ttt_kernels.extension import compute_dtype
 from ttt_kernels.registry import Operator
 from ttt_kernels.swa import check, cpu, jvp, reference
@@ -126,10 +126,11 @@ def sliding_window_attention_jvp(
     Args:
         q, k, v, window, scale, key_lengths, cu_seqlens: as for `sliding_window_attention`.
         q_dot, k_dot, v_dot: like their arguments; None for zero.
-        backend: None or "reference", which any device can run.
+        backend: None for the best that can run, or a backend's name.
 
     Returns:
-        Output and tangent, each (B, Tq, Hq, D) in q's dtype, differentiable in reverse any number of times.
+        Output and tangent, each (B, Tq, Hq, D) in q's dtype. Differentiable once in reverse with respect to all
+        six tensors (any number of times on the reference backend).
 
     Raises:
         ValueError: an argument has an unsuitable shape, dtype, device or value, or the backend cannot serve
@@ -138,7 +139,8 @@ def sliding_window_attention_jvp(
     name = "sliding_window_attention_jvp"
     check.arguments(name, q, k, v, window, key_lengths, cu_seqlens)
     tangents.check(name, q=(q, q_dot), k=(k, k_dot), v=(v, v_dot))
-    given = tuple(t for t in (q, k, v, q_dot, k_dot, v_dot) if t is not None)
-    select(name, backend, given, {})
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return jvp.forward(q, k, v, q_dot, k_dot, v_dot, key_lengths, cu_seqlens, window, scale)
+    tensors = (q, k, v, q_dot, k_dot, v_dot, key_lengths, cu_seqlens)
+    chosen = jvp.operator.select(backend, *tensors)
+    o, tangent, _ = jvp.operator.forward(*tensors, window, scale, backend=chosen)
+    return o, tangent
