@@ -4,6 +4,9 @@ The kernel sources are compiled once per instruction set and the processor's bes
 module loads, so one build serves every processor of its architecture. The extension includes no header
 of torch and links neither torch nor an OpenMP runtime. Where it cannot be built the installation goes
 on without it and the reason is kept for `ttt_kernels.backends()`.
+
+Environment: TTT_KERNELS_CXXFLAGS, flags for the compiler and the linker after all others;
+TTT_KERNELS_INSTRUCTION_SETS, names of the sets to build beside the portable one (all where it is not set).
 """
 
 import os
@@ -33,6 +36,13 @@ AVX512 = [
 
 def instruction_sets() -> dict[str, list[str]]:
     """Name of every instruction set that is built, with its compiler flags, plainest first."""
+    known = known_instruction_sets()
+    names = os.environ.get("TTT_KERNELS_INSTRUCTION_SETS", " ".join(known)).split()
+    return {name: flags for name, flags in known.items() if name == "portable" or name in names}
+
+
+def known_instruction_sets() -> dict[str, list[str]]:
+    """Those of this machine's architecture."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return {"portable": ["-O3"]}
     return {

@@ -40,7 +40,11 @@ std::vector<Set> sets() {
     all.push_back({"portable", &ttt::portable::kernels});
 #ifdef TTT_BUILT_AVX2
     all.push_back({"avx2", &ttt::avx2::kernels});
+#endif
+#ifdef TTT_BUILT_AVX512
     all.push_back({"avx512", &ttt::avx512::kernels});
+#endif
+#ifdef TTT_BUILT_AVX512_BF16
     all.push_back({"avx512_bf16", &ttt::avx512_bf16::kernels});
 #endif
     std::vector<Set> usable;
