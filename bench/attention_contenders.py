@@ -114,7 +114,7 @@ class Own(Contender):
 class Sdpa(Contender):
     """scaled_dot_product_attention by torch's fused kernels, with a mask tensor for the window."""
 
-    orders = ("forward", "backward")
+    orders: tuple[str, ...] = ("forward", "backward")
 
     def __init__(self, *kernels: SDPBackend) -> None:
         self.kernels = list(kernels)
@@ -124,9 +124,14 @@ class Sdpa(Contender):
         return lambda q, k, v: self.attend(q, k, v, mask)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        grouped = q.shape[1] != k.shape[1]
+        if grouped and q.is_cuda and SDPBackend.EFFICIENT_ATTENTION in self.kernels:
+            # That kernel wants every head to have keys of its own.
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+            grouped = False
         with sdpa_kernel(self.kernels):
             return scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
             )
 
     def estimated_bytes(self, problem: Problem, order: str) -> int:

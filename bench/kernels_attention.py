@@ -15,13 +15,13 @@ from ttt_kernels.swa import operator
 
 __all__ = ["ORDERS", "Problem", "contender", "truths", "verdicts"]
 
-BASELINES = {
+BASELINES: dict[str, tuple[str, ...]] = {
     "sdpa": tuple(FUSED),
     "math": ("sdpa-math",),
     "tiles": ("sdpa-tiles",),
     "flex": ("flex",),
 }
-# flex_attention compiles for half a minute on a CPU, and has no backward there.
+# flex_attention compiles for half a minute at every length on a CPU, and has no backward there.
 DEFAULT_BASELINES = {"cpu": ("sdpa", "math", "tiles")}
 
 
@@ -125,7 +125,8 @@ def _baselines(names: list[str] | None, device: torch.device) -> list[str]:
     if names is None:
         chosen = DEFAULT_BASELINES.get(device.type, tuple(BASELINES))
     else:
-        chosen = {("all",): tuple(BASELINES), ("none",): ()}.get(tuple(names), tuple(dict.fromkeys(names)))
+        chosen = tuple(dict.fromkeys(names))
+        chosen = tuple(BASELINES) if chosen == ("all",) else () if chosen == ("none",) else chosen
     for name in chosen:
         if name not in BASELINES:
             raise ValueError(

@@ -40,15 +40,14 @@ def best_seconds(work: Callable[[], object], device: torch.device, *, at_least: 
 
 
 def repeated_seconds(work: Callable[[], object], device: torch.device, repeat: int) -> list[float]:
-    """Seconds of each of `repeat` calls after a warm-up; on CUDA each is the mean of a run of calls.
+    """Seconds of each of `repeat` calls of work that is warm; on CUDA each is the mean of a run of calls.
 
     Such a run takes some milliseconds between two events on the GPU: a single short call would be mostly the
     wait for its launch.
     """
-    _, first = timed(work, device)
     if device.type != "cuda":
         return [timed(work, device)[1] for _ in range(repeat)]
-    calls = max(1, min(1000, round(CUDA_RUN_SECONDS / first)))
+    calls = max(1, min(1000, round(CUDA_RUN_SECONDS / timed(work, device)[1])))
     times = []
     for _ in range(repeat):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
