@@ -7,7 +7,6 @@ Times are of greedy decoding between two inner steps, Python included.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -19,11 +18,11 @@ import torch
 from bench import options
 from bench.flops import decode_weight_bytes
 from bench.machine import describe, read_bandwidth
+from bench.output import write_json
 from bench.table import format_table, rate, size
 from bench.timing import synchronize
 from engine import TTTConfig, TTTModel
 from engine.device import checked_device
-from engine.files import atomic_write
 
 WARM_UP = 4
 
@@ -91,8 +90,7 @@ def run(args: argparse.Namespace) -> int:
     )
     print(format_table(header, [row]))
     if args.json is not None:
-        with atomic_write(args.json) as temporary:
-            temporary.write_text(json.dumps([result], indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, [result])
     return 0
 
 

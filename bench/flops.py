@@ -1,5 +1,5 @@
 """
-Useful operations and bytes: what a model has to do per token, each product once and nothing recomputed.
+Useful operations and bytes: what has to be done, each product once and nothing recomputed.
 
 d hidden, i intermediate, L blocks of which S have fast MLPs, V vocabulary, w the mean number of visible keys.
 """
@@ -11,11 +11,18 @@ import torch
 from engine import TTTConfig
 
 
+def visible_pairs(queries: int, keys: int, window: int | None) -> int:
+    """(query, key) pairs of causal attention: query i stands at key `keys - queries + i` and sees it and back."""
+    limit = keys if window is None else min(window, keys)
+    before = keys - queries
+    # The first `short` queries see before + 1, before + 2, ... keys, and the rest `limit` each.
+    short = min(max(limit - before, 0), queries)
+    return short * before + short * (short + 1) // 2 + (queries - short) * limit
+
+
 def mean_visible_keys(context: int, window: int | None) -> float:
     """w: how many keys a query sees, itself included, on average over the first `context` positions."""
-    full = context if window is None else min(window, context)
-    # The first `full` queries see 1, 2, ..., full keys, and the rest `full` each.
-    return (full * (full + 1) / 2 + (context - full) * full) / context
+    return visible_pairs(context, context, window) / context
 
 
 def prefill_flops_per_token(config: TTTConfig, context: int) -> float:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from bench.output import progress
 from bench.timing import best_seconds
 from ttt_kernels.matmul import has_native
 
@@ -26,6 +29,14 @@ def product_rate(dtype: torch.dtype, device: torch.device) -> float:
         dtype = torch.float32
     shapes = PRODUCT_SHAPES if device.type == "cpu" else LARGE_PRODUCT_SHAPES
     return max(rate for shape in shapes for rate in _product_rates(*shape, dtype, device))
+
+
+def peak_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """`product_rate`, shown while it is measured."""
+    progress("matrix products ")
+    result = product_rate(dtype, device)
+    progress(f"{result / 1e9:.1f} GFLOP/s\n")
+    return result
 
 
 def _product_rates(
@@ -71,6 +82,9 @@ def describe(device: torch.device = CPU) -> dict[str, str | int]:
     }
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["cuda"] = str(torch.version.cuda)
+        if find_spec("triton") is not None:
+            facts["triton"] = version("triton")
     return facts
 
 

@@ -1,15 +1,8 @@
-"""
-One measured run in a process of its own, so that peak memory is that model's alone and a failure stays there.
-
-Reads a job (JSON, a `Job`) from stdin, shows progress on stderr and writes its result (JSON) to stdout.
-"""
+"""One measured run of a model, in a process of its own."""
 
 from __future__ import annotations
 
-import json
 import math
-import signal
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,7 +14,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
+from bench.child import run_script, serve
 from bench.memory import PeakMemory
+from bench.output import progress
 from bench.timing import timed
 from engine import TTTConfig, TTTModel
 
@@ -67,7 +62,7 @@ def measure(job: Job) -> dict[str, Any]:
         times = []
         for piece in tokens[:, :context].split(list(job.pieces), dim=1):
             times.append(timed(partial(read, piece), device)[1])
-            show(".")
+            progress(".")
         return times
 
     positions, times = [], []
@@ -77,8 +72,8 @@ def measure(job: Job) -> dict[str, Any]:
         state.reset()
         nll, taken = timed(partial(read, tokens), device)
         times.append(taken)
-        show(f" {batch * context / taken:,.0f} tokens/s ")
-    show("\n")
+        progress(f" {batch * context / taken:,.0f} tokens/s ")
+    progress("\n")
     mean_nll = float(nll[:, 1:].double().mean())
     return {
         "tokens_per_s": batch * context / min(times),
@@ -104,12 +99,12 @@ def check(job: Job) -> dict[str, Any]:
             replace(config, compute_dtype=compute_dtype), dtype=config.torch_dtype, device=job.device
         )
         nlls.append(model.prefill(tokens, model.init_state(), backend=backend).nll[:, 1:].double())
-        show(".")
+        progress(".")
     errors = (nlls[0] - nlls[1]).abs()
     worst = dtype in WORST_TOKEN
     error = float(errors.max() if worst else errors.mean())
     tolerance = WORST_TOKEN[dtype] if worst else MEAN_OF_TOKENS[dtype]
-    show(
+    progress(
         f" {tokens.shape[1]} tokens, {'worst' if worst else 'mean'} difference of a token's loss {error:.1e} "
         f"(at most {tolerance:.0e})\n"
     )
@@ -118,40 +113,13 @@ def check(job: Job) -> dict[str, Any]:
 
 
 def in_child(job: Job) -> dict[str, Any]:
-    """
-    The result of `job`, done by a process of its own.
-
-    Raises `ValueError` with the child's own words for bad input, `RuntimeError` where it failed otherwise.
-    """
-    child = subprocess.run(
-        [sys.executable, __file__], input=json.dumps(asdict(job)), stdout=subprocess.PIPE, text=True
-    )
-    if child.returncode < 0:
-        name = signal.Signals(-child.returncode).name
-        raise RuntimeError(
-            f"the process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-        )
-    if child.returncode != 0:
-        raise RuntimeError(f"the process ended with status {child.returncode}")
-    result: dict[str, Any] = json.loads(child.stdout)
-    if "refused" in result:
-        raise ValueError(result["refused"])
-    return result
-
-
-def show(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    """The result of `job`, done by a process of its own; raises as `child.run_script` does."""
+    return run_script(__file__, asdict(job))
 
 
 def main() -> None:
-    job = Job(**json.load(sys.stdin))
-    try:
-        result = {"measure": measure, "check": check}[job.task](job)
-    except ValueError as error:
-        result = {"refused": str(error)}
-        show("\n")
-    json.dump(result, sys.stdout)
+    tasks = {"measure": measure, "check": check}
+    serve(lambda job: tasks[job["task"]](Job(**job)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import torch
 
 class PeakMemory:
     """
-    Counts from where it is made: memory that torch and Python themselves hold at that moment is left out.
+    Counts from where it is made: memory that torch, Python and the caller hold at that moment is left out.
 
     On CUDA it is what torch allocated at most. On Linux it is the most that the process had resident since
     `restart`; elsewhere the most since the process began.
@@ -19,7 +22,8 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.baseline = _resident_bytes("VmRSS")
+        cuda = device.type == "cuda"
+        self.baseline = torch.cuda.memory_allocated(device) if cuda else _resident_bytes("VmRSS")
 
     def restart(self) -> None:
         """Forgets peaks reached so far."""
@@ -33,8 +37,31 @@ class PeakMemory:
     def peak_bytes(self) -> int:
         """The most that was held at once since `restart`, in bytes."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+            return torch.cuda.max_memory_allocated(self.device) - self.baseline
         return max(0, _resident_bytes("VmHWM") - self.baseline)
+
+
+def release_memory(device: torch.device) -> None:
+    """Gives back what is freed but still held, so that what is measured next cannot hide in it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return
+    # glibc keeps what was freed for later; other systems' libraries have no such function.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that could be allocated now, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    line = next(line for line in lines if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
 
 
 def _resident_bytes(field: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,17 +21,22 @@ def add_model_arguments(parser: argparse.ArgumentParser, preset: str, dtype: str
     """The options of every benchmark of a model, with this benchmark's defaults; no dtype is the fastest."""
     presets = ", ".join(TTTConfig.presets())
     parser.add_argument("--preset", default=preset, metavar="NAME", help=f"{presets} (default: {preset})")
+    add_common_arguments(parser, dtype, tuple(DTYPES))
+    parser.add_argument(
+        "--backend", metavar="NAME", help="reference, cpu, ... (default: the best that can run)"
+    )
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, dtype: str | None, dtypes: Sequence[str]) -> None:
+    """The options of every benchmark; no dtype is the fastest."""
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at a time (default: 1)")
     parser.add_argument(
         "--dtype",
         default=dtype,
-        choices=tuple(DTYPES),
+        choices=dtypes,
         help=f"(default: {dtype or 'that of the fastest products on this machine'})",
     )
     parser.add_argument("--device", default="cpu", metavar="NAME", help="(default: cpu)")
-    parser.add_argument(
-        "--backend", metavar="NAME", help="reference, cpu, ... (default: the best that can run)"
-    )
     parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
 
 

@@ -7,7 +7,6 @@ Without arguments: the tiny preset reads this Python's own standard library, in 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -18,17 +17,16 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import torch
 
 from bench import options
 from bench.flops import prefill_flops_per_token
-from bench.machine import describe, product_rate
+from bench.machine import describe, peak_rate
 from bench.measure import Job, in_child
+from bench.output import progress, write_json
 from bench.plot import check_plot, plot_positions
 from bench.report import print_report
 from engine.config import DTYPES, TTTConfig
 from engine.device import checked_device
-from engine.files import atomic_write
 
 COMPARISONS = ("reference", "full-attention", "sliding-window")
 PIECES = 16
@@ -145,8 +143,7 @@ def run(args: argparse.Namespace) -> int:
     runs = [common | row(contender, result, jobs[0], args.batch, peak) for contender, result in results]
     print_report(runs)
     if args.json is not None:
-        with atomic_write(args.json) as temporary:
-            temporary.write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, runs)
     if args.plot is not None:
         plot_positions(
             runs, args.plot, f"{args.preset}, {dtype}, {machine['cpu']}, {machine['threads']} threads"
@@ -195,13 +192,6 @@ def agree_with_reference(contenders: list[Contender], jobs: list[Job]) -> bool:
     return green
 
 
-def peak_rate(dtype: torch.dtype, device: torch.device) -> float:
-    progress("matrix products ")
-    result = product_rate(dtype, device)
-    progress(f"{result / 1e9:.1f} GFLOP/s\n")
-    return result
-
-
 def measure_all(
     contenders: list[Contender], jobs: list[Job]
 ) -> tuple[list[tuple[Contender, dict[str, Any]]], bool]:
@@ -235,11 +225,6 @@ def row(contender: Contender, result: dict[str, Any], job: Job, batch: int, peak
             time / (length * batch) for time, length in zip(times, job.pieces, strict=True)
         ],
     }
-
-
-def progress(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import decode, measure, prefill
+from bench import decode, machine, measure, prefill
 from bench.flops import decode_weight_bytes, mean_visible_keys, prefill_flops_per_token
 from bench.table import format_table
 from engine import TTTConfig
@@ -83,7 +83,7 @@ def test_a_table_lines_up() -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Without the seconds that ceilings and processes take, nor those of threads that wait for each other."""
-    monkeypatch.setattr(prefill, "product_rate", lambda dtype, device: 1e11)
+    monkeypatch.setattr(machine, "product_rate", lambda dtype, device: 1e11)
     monkeypatch.setattr(decode, "read_bandwidth", lambda device: 1e10)
     tasks = {"measure": measure.measure, "check": measure.check}
     monkeypatch.setattr(prefill, "in_child", lambda job: tasks[job.task](job))
