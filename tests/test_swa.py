@@ -105,13 +105,12 @@ def test_second_order_equals_dense_attention(name: str) -> None:
         assert relative_error(found, expected) < 1e-11
 
 
-def assert_accurate(function, inputs: list[Tensor], dtype: torch.dtype, highest: int) -> None:
-    """Within the budget of the plain formulas; float64, which is the truth there, within its rounding.
-
-    The kernels normalize by the saved log-sum-exp, whose own rounding the plain softmax does not have.
-    """
+def assert_accurate(
+    function, inputs: list[Tensor], dtype: torch.dtype, highest: int, slack: float = 2.0
+) -> None:
+    """Within the budget of the plain formulas; float64, which is the truth there, within its rounding."""
     if dtype != torch.float64:
-        return assert_within_budget(function, inputs, dtype, "cpu", slack=4, highest=highest)
+        return assert_within_budget(function, inputs, dtype, "cpu", slack=slack, highest=highest)
     truth, found = (orders(function(name), inputs, highest=highest) for name in ("reference", "cpu"))
     for expected, results in zip(truth, found, strict=True):
         for e, f in zip(expected, results, strict=True):
@@ -149,7 +148,10 @@ def test_every_instruction_set(name: str, dtype: torch.dtype) -> None:
     try:
         for d in (1, 40, 64, 80, 96, 128):
             inputs = qkv(1, 110, 210, 2, 1, d)
-            assert_accurate(lambda b: on(b, window=130), inputs, dtype, highest=1)
+            # Where a score is one product, plain softmax has hardly an error of its own: then the rounding of
+            # the saved log-sum-exp, which it does not have, shows.
+            slack = 4.0 if d == 1 else 2.0
+            assert_accurate(lambda b: on(b, window=130), inputs, dtype, highest=2, slack=slack)
         assert_accurate(on, qkv(1, 3, 200, 1, 1, 40), dtype, highest=1)
     finally:
         extension.choose_instruction_set(before)

@@ -1,7 +1,8 @@
 // Attention over a sliding window, backward of the backward: given the cotangents A, B, C of dQ, dK, dV, with
 // P and D as in the backward pass,
-//     S' = s (A K^T + Q B^T)    r = rowsum(P * S')    P' = P * (S' - r)    O' = P' V + P C
-//     T  = P * (S' * (dP - D) - r dP + dO C^T - E)    E = rowsum(P * S' * dP + P * (dO C^T)) - 2 D r
+//     S' = s (A K^T + Q B^T)    r = rowsum(P * S')    M = (P * S') V + P C    O' = M - r O
+//     E  = rowsum(P * S' * dP + P * (dO C^T)) - 2 D r = rowsum(dO * M) - 2 D r
+//     P' = P * (S' - r)    T = P * (S' * (dP - D) - r dP + dO C^T - E)
 //     Q' = s (dS B + T K)    K' = s (dS^T A + T^T Q)    V' = P'^T dO
 // A task has the queries of a chunk and goes twice through the keys that they see: first for r, E and O', its
 // cotangent of dO, which is also the derivative of the output along (A, B, C); then for the others. It shares
@@ -43,21 +44,19 @@ struct Tiles {
           g(scratch.take(kElements)) {}
 };
 
-// Takes one tile of the first sweep: p becomes P, s1 becomes P * S', and the sums of rows grow.
+// Takes one tile of the first sweep: p becomes P, s1 becomes P * S', and r grows.
 template <class C>
-void summarize(const Tiles<C>& t, int64_t keys, int64_t columns, const C* lse, C* r, C* e) {
+void summarize(const Tiles<C>& t, int64_t keys, int64_t columns, const C* lse, C* r) {
     for (int64_t c = 0; c < columns; c += lanes<C>) {
         const vec<C> l = load(lse + c);
-        vec<C> of_r{}, of_e{};
+        vec<C> sum{};
         for (int64_t i = c; i < keys * kQueries; i += kQueries) {
             const vec<C> p = power(load(t.p + i) - l), ps = p * load(t.s1 + i);
-            of_r += ps;
-            of_e += ps * load(t.d_p + i) + p * load(t.g + i);
+            sum += ps;
             store(t.p + i, p);
             store(t.s1 + i, ps);
         }
-        store(r + c, load(r + c) + of_r);
-        store(e + c, load(e + c) + of_e);
+        store(r + c, load(r + c) + sum);
     }
 }
 
@@ -107,34 +106,28 @@ class Task {
 
     // r, E and O'.
     void first_sweep() {
-        const bool of_e = c.second_sweep();
-        if (c.do_bar) fill(sum, padded * stride, C(0));
-        if (!of_e) {
-            fill(tiles.d_p, kKeys * kQueries, C(0));
-            fill(tiles.g, kKeys * kQueries, C(0));
-        }
+        fill(sum, padded * stride, C(0));
         const Range range = queries.keys();
         for (int64_t origin = round_down(range.begin, kKeys); origin < range.end; origin += kKeys) {
             for (int64_t row = 0; row < rows; row += kQueries) {
                 const Range some = rows_from(row), seen = seen_by(some, origin);
                 if (seen.empty()) continue;
-                fill_tiles(some, seen, of_e);
-                summarize(tiles, seen.size(), columns(some), of.lse + row, r + row, e + row);
-                if (!c.do_bar) continue;
+                fill_weights(some, seen);
+                summarize(tiles, seen.size(), columns(some), of.lse + row, r + row);
                 add_rows(tiles.s1, kV, some, seen);
                 if (c.c) add_rows(tiles.p, kC, some, seen);
             }
         }
-        for (int64_t i = 0; i < padded; ++i) e[i] -= 2 * of.delta[i] * r[i];
-        if (!c.do_bar) return;
         Scratch<C> memory(stride);
         C* o = memory.take(stride);
         for (int64_t row = 0; row < rows; ++row) {
             const int64_t position = queries.position(row), head = queries.head(row);
-            C* to = sum + row * stride;
+            C* m = sum + row * stride;
+            e[row] = dot(m, of.d_o + row * stride, D) - 2 * of.delta[row] * r[row];
+            if (!c.do_bar) continue;
             c.outcome.o.read(queries.b, position, head, D, r[row], o);
-            for (int64_t d = 0; d < D; d += lanes<C>) store(to + d, load(to + d) - load(o + d));
-            c.do_bar.write(queries.b, position, head, to, C(1));
+            for (int64_t d = 0; d < D; d += lanes<C>) store(m + d, load(m + d) - load(o + d));
+            c.do_bar.write(queries.b, position, head, m, C(1));
         }
     }
 
@@ -148,7 +141,8 @@ class Task {
             for (int64_t row = 0; row < rows; row += kQueries) {
                 const Range some = rows_from(row), seen = seen_by(some, origin);
                 if (seen.empty()) continue;
-                fill_tiles(some, seen, true);
+                fill_weights(some, seen);
+                fill_gradients(some, seen);
                 differentiate(tiles, seen.size(), columns(some), of.lse + row, of.delta + row, r + row,
                               e + row);
                 if (c.q_bar) {
@@ -195,15 +189,18 @@ class Task {
                                  N * D, seen.size(), columns(some), D, out, kQueries);
     }
 
-    // Scores less what is hidden, S' and, where E or more is wanted, dP and dO C^T.
-    void fill_tiles(Range some, Range seen, bool all) const {
+    // Scores less what is hidden, and S'.
+    void fill_weights(Range some, Range seen) const {
         product<false>(kK, of.q_panels, some, seen, tiles.p);
         hide(queries, some, seen, seen, tiles.p);
         if (c.a) product<false>(kK, a_panels, some, seen, tiles.s1);
         if (c.a && c.b) product<true>(kB, of.q_panels, some, seen, tiles.s1);
         if (!c.a && c.b) product<false>(kB, of.q_panels, some, seen, tiles.s1);
         if (!c.a && !c.b) fill(tiles.s1, seen.size() * kQueries, C(0));
-        if (!all) return;
+    }
+
+    // dP and dO C^T.
+    void fill_gradients(Range some, Range seen) const {
         product<false>(kV, of.do_panels, some, seen, tiles.d_p);
         if (c.c)
             product<false>(kC, of.do_panels, some, seen, tiles.g);

@@ -13,6 +13,14 @@ struct Outcome {
     C scale;
 };
 
+// The inner product of two rows, which are padded with zeros.
+template <class C>
+inline C dot(const C* a, const C* b, int64_t D) {
+    vec<C> sum{};
+    for (int64_t d = 0; d < D; d += lanes<C>) sum += load(a + d) * load(b + d);
+    return sum_lanes<C>(sum);
+}
+
 // A task's query rows: those of q (times scale and kUnit) and of d_o, both also as panels; lse in kUnit and
 // delta = rowsum(d_o * o).
 template <class C>
@@ -40,9 +48,7 @@ struct GradientRows {
             // A row without keys has the lse -inf, from which its scores of -inf would differ by NaN.
             lse[r] = value == C(-INFINITY) ? C(0) : value * kUnit<C>;
             from.o.read(queries.b, position, head, D, C(1), o);
-            vec<C> sum{};
-            for (int64_t d = 0; d < D; d += lanes<C>) sum += load(o + d) * load(d_o + r * stride + d);
-            delta[r] = sum_lanes<C>(sum);
+            delta[r] = dot(o, d_o + r * stride, D);
         }
     }
 };
