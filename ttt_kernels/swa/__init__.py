@@ -6,7 +6,7 @@ from ttt_kernels import tangents
 from ttt_kernels.backends import refuse_on_cpu, select
 from ttt_kernels.extension import compute_dtype
 from ttt_kernels.registry import Operator
-from ttt_kernels.swa import check, cpu, jvp, reference
+from ttt_kernels.swa import check, cpu, jvp, reference, triton
 
 
 def _fake(
@@ -51,8 +51,13 @@ operator = Operator(
             "double_backward": reference.double_backward,
         },
         "cpu": {"forward": cpu.forward, "backward": cpu.backward},
+        "triton": {
+            "forward": triton.forward,
+            "backward": triton.backward,
+            "double_backward": triton.double_backward,
+        },
     },
-    refusals={"cpu": refuse_on_cpu},
+    refusals={"cpu": refuse_on_cpu, "triton": triton.refuse},
     keeps=("o",),
     fake_backward=_fake_backward,
 )
