@@ -1,12 +1,13 @@
 """Attention over a sliding window on the Triton kernels of triton_*.py, which a first call imports."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ttt_kernels.backends import refuse_on_triton
-from ttt_kernels.swa.triton_configs import HEAD_DIM
+from ttt_kernels.swa.triton_configs import HEAD_DIM, SHARED_HEAD_DIM
 
 
 def refuse(tensors: tuple[Tensor, ...]) -> str | None:
@@ -15,6 +16,13 @@ def refuse(tensors: tuple[Tensor, ...]) -> str | None:
     if head_dim > HEAD_DIM:
         return f"head_dim is {head_dim}; accepted are up to {HEAD_DIM}"
     return refuse_on_triton(tensors)
+
+
+def _launches(of_keys: Any, of_values: Any, head_dim: int) -> list[tuple[Any, Any]]:
+    """Which results a launch sums: of keys and values together, unless registers do not hold both."""
+    if head_dim <= SHARED_HEAD_DIM:
+        return [(of_keys, of_values)] if of_keys or of_values else []
+    return [pair for pair in ((of_keys, None), (None, of_values)) if any(pair)]
 
 
 def forward(
@@ -84,12 +92,13 @@ def backward(
             t_q=x_q, t_k=x_k, t_v=x_v, t_o=located(o), t_do=x_do, t_dq=located_or_none(dq), p_lse=lse,
             p_delta=delta,
         )  # fmt: skip
-    if (needs[1] or needs[2]) and tk > key_start:
-        call.by_keys(
-            "backward_keys", triton_backward.keys, tk - key_start,
-            t_q=x_q, t_k=x_k, t_v=x_v, t_do=x_do, t_dk=located_or_none(dk), t_dv=located_or_none(dv),
-            p_lse=lse, p_delta=delta, key_start=key_start,
-        )  # fmt: skip
+    if tk > key_start:
+        for t_dk, t_dv in _launches(located_or_none(dk), located_or_none(dv), d):
+            call.by_keys(
+                "backward_keys", triton_backward.keys, tk - key_start,
+                t_q=x_q, t_k=x_k, t_v=x_v, t_do=x_do, t_dk=t_dk, t_dv=t_dv, p_lse=lse,
+                p_delta=delta if t_dk else None, key_start=key_start,
+            )  # fmt: skip
     return dq, dk, dv
 
 
@@ -141,9 +150,9 @@ def double_backward(
             "double_backward_queries", triton_double_backward.queries,
             **shared, t_qbar=located(qbar), SHIFTED=shifted,
         )  # fmt: skip
-    if kbar is not None or vbar is not None:
+    for t_kbar, t_vbar in _launches(located_or_none(kbar), located_or_none(vbar), k.shape[3]):
         call.by_keys(
             "double_backward_keys", triton_double_backward.keys, k.shape[1],
-            **shared, t_kbar=located_or_none(kbar), t_vbar=located_or_none(vbar),
+            **shared, t_kbar=t_kbar, t_vbar=t_vbar,
         )  # fmt: skip
     return dobar, qbar, kbar, vbar

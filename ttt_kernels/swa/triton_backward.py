@@ -10,11 +10,12 @@ from ttt_kernels.swa.triton_tiles import (
     LOG2E,
     add_product,
     head_of,
+    load_block,
     load_rows,
     load_statistic,
     product_t,
     row_or_none,
-    row_sums,
+    row_sum,
     scaled,
     store_rows,
     store_statistic,
@@ -66,20 +67,23 @@ def queries(
     """dQ (unless t_dq is None) and D = rowsum(dO * O) (unless p_delta is None)."""
     sequence, head, i = query_block(heads, Tq, BQ)
     row = (sequence * heads + head).to(tl.int64) * Tq
-    b_do = load_rows(head_of(t_do, sequence, head), i, 0, Tq, BQ, D, PIECES, True)
-    b_delta = row_sums(b_do, load_rows(head_of(t_o, sequence, head), i, 0, Tq, BQ, D, PIECES, True))
+    b_do = load_block(head_of(t_do, sequence, head), i, 0, Tq, BQ, D, PIECES)
+    b_o = load_block(head_of(t_o, sequence, head), i, 0, Tq, BQ, D, PIECES)
+    b_delta = tl.zeros((BQ,), tl.float32)
+    for piece in tl.static_range(len(PIECES)):
+        b_delta += row_sum(b_do[piece], b_o[piece])
     if p_delta is not None:
         store_statistic(p_delta + row, b_delta, i, Tq, BQ)
     if t_dq is not None:
         low = lowest_key(p_lengths, sequence, Tk)
         x_k = head_of(t_k, sequence, head // group)
         x_v = head_of(t_v, sequence, head // group)
-        b_q = load_rows(head_of(t_q, sequence, head), i, 0, Tq, BQ, D, PIECES, True)
+        b_q = load_block(head_of(t_q, sequence, head), i, 0, Tq, BQ, D, PIECES)
         b_lse = load_statistic(p_lse + row, i, Tq, float("inf"), BQ, True)
         span = key_range(i, p_first, low, Tq, Tk, window, BQ, BK)
         b_dq = zero_rows(BQ, PIECES)
         for EDGE in tl.static_range(2):
-            for index in range(tiles(span, BK, EDGE)):
+            for index in tl.range(tiles(span, BK, EDGE), disable_licm=True):
                 b_dq = _query_tile(
                     b_dq, b_q, b_do, b_lse, b_delta, x_k, x_v, i, tile_start(span, index, BK, EDGE), p_first,
                     low, Tq, Tk, window, scale, BQ, BK, D, PIECES, EDGE,
@@ -117,8 +121,8 @@ def keys(
     """dK and dV (each unless its tensor is None) of the keys from key_start on."""
     sequence, kv_head, j = key_block(heads // group, key_start, Tk, BK)
     low = lowest_key(p_lengths, sequence, Tk)
-    b_k = load_rows(head_of(t_k, sequence, kv_head), j, low, Tk, BK, D, PIECES, True)
-    b_v = load_rows(head_of(t_v, sequence, kv_head), j, low, Tk, BK, D, PIECES, True)
+    b_k = load_block(head_of(t_k, sequence, kv_head), j, low, Tk, BK, D, PIECES)
+    b_v = load_block(head_of(t_v, sequence, kv_head), j, low, Tk, BK, D, PIECES)
     span = query_range(j, p_end, low, Tq, Tk, window, BQ, BK)
     b_dk = zero_rows(BK, PIECES)
     b_dv = zero_rows(BK, PIECES)
@@ -128,7 +132,7 @@ def keys(
         x_q = head_of(t_q, sequence, head)
         x_do = head_of(t_do, sequence, head)
         for EDGE in tl.static_range(2):
-            for index in range(tiles(span, BQ, EDGE)):
+            for index in tl.range(tiles(span, BQ, EDGE), disable_licm=True):
                 b_dk, b_dv = _key_tile(
                     b_dk, b_dv, b_k, b_v, x_q, x_do, p_lse + row, row_or_none(p_delta, row),
                     tile_start(span, index, BQ, EDGE), j, p_first, low, Tq, Tk, window, scale,

@@ -15,15 +15,18 @@ from ttt_kernels.swa.triton_backward import weights
 from ttt_kernels.swa.triton_tiles import (
     add_product,
     add_product_t,
+    head_from,
     head_of,
-    head_or_none,
+    load_block,
+    load_piece,
     load_rows,
     load_statistic,
-    minus,
     product_t,
     row_or_none,
-    row_sums,
+    row_sum,
     scaled,
+    settle,
+    store_piece,
     store_rows,
     store_statistic,
     zero_rows,
@@ -38,14 +41,6 @@ from ttt_kernels.swa.triton_visible import (
     tile_start,
     tiles,
 )
-
-
-@triton.jit
-def _load_cotangent(
-    x, j, low, key_start, Tk, ROWS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, MASKED: tl.constexpr
-):  # fmt: skip
-    """Rows [j, j + ROWS) of a cotangent that begins at key_start; zeros before it and before `low`."""
-    return load_rows(x, j - key_start, tl.maximum(low - key_start, 0), Tk - key_start, ROWS, D, PIECES, MASKED)
 
 
 @triton.jit
@@ -65,14 +60,14 @@ def _along_tile(
         if b_a is not None:
             b_s1 = add_product_t(b_s1, b_a, b_k)
         if x_b is not None:
-            b_b = _load_cotangent(x_b, j, low, key_start, Tk, BK, D, PIECES, EDGE or SHIFTED)
+            b_b = load_rows(x_b, j, tl.maximum(low, key_start), Tk, BK, D, PIECES, EDGE or SHIFTED)
             b_s1 = add_product_t(b_s1, b_q, b_b)
         b_ps1 = b_p * b_s1 * scale
         b_r += tl.sum(b_ps1, 1)
         if SUM:
             b_m = add_product(b_m, b_ps1, load_rows(x_v, j, low, Tk, BK, D, PIECES, EDGE))
     if SUM and x_c is not None:
-        b_c = _load_cotangent(x_c, j, low, key_start, Tk, BK, D, PIECES, EDGE or SHIFTED)
+        b_c = load_rows(x_c, j, tl.maximum(low, key_start), Tk, BK, D, PIECES, EDGE or SHIFTED)
         b_m = add_product(b_m, b_p, b_c)
     return b_m, b_r
 
@@ -92,34 +87,41 @@ def along(
     low = lowest_key(p_lengths, sequence, Tk)
     x_k = head_of(t_k, sequence, head // group)
     x_v = head_of(t_v, sequence, head // group)
-    x_b = head_or_none(t_b, sequence, head // group)
-    x_c = head_or_none(t_c, sequence, head // group)
-    b_q = load_rows(head_of(t_q, sequence, head), i, 0, Tq, BQ, D, PIECES, True)
+    x_b = head_from(t_b, sequence, head // group, key_start)
+    x_c = head_from(t_c, sequence, head // group, key_start)
+    b_q = load_block(head_of(t_q, sequence, head), i, 0, Tq, BQ, D, PIECES)
     b_a = None
     if t_a is not None:
-        b_a = load_rows(head_of(t_a, sequence, head), i, 0, Tq, BQ, D, PIECES, True)
+        b_a = load_block(head_of(t_a, sequence, head), i, 0, Tq, BQ, D, PIECES)
     b_lse = load_statistic(p_lse + row, i, Tq, float("inf"), BQ, True)
     span = key_range(i, p_first, low, Tq, Tk, window, BQ, BK)
     SUM: tl.constexpr = t_dobar is not None or p_e is not None
     b_m = zero_rows(BQ, PIECES)
     b_r = tl.zeros((BQ,), tl.float32)
     for EDGE in tl.static_range(2):
-        for index in range(tiles(span, BK, EDGE)):
+        for index in tl.range(tiles(span, BK, EDGE), disable_licm=True):
             b_m, b_r = _along_tile(
                 b_m, b_r, b_q, b_a, b_lse, x_k, x_v, x_b, x_c, i, tile_start(span, index, BK, EDGE), p_first,
                 low, Tq, Tk, window, key_start, scale, BQ, BK, D, PIECES, EDGE, SHIFTED, SUM,
             )  # fmt: skip
     store_statistic(p_r + row, b_r, i, Tq, BQ)
     if SUM:
-        b_o = load_rows(head_of(t_o, sequence, head), i, 0, Tq, BQ, D, PIECES, True)
-        if t_dobar is not None:
-            x_dobar = head_of(t_dobar, sequence, head)
-            store_rows(x_dobar, minus(b_m, b_r[:, None], b_o), i, Tq, BQ, D, PIECES)
+        # Piece by piece: three tensors at once would overflow the registers.
+        b_dom = tl.zeros((BQ,), tl.float32)
+        b_delta = tl.zeros((BQ,), tl.float32)
+        for piece in tl.static_range(len(PIECES)):
+            b_o = load_piece(head_of(t_o, sequence, head), i, 0, Tq, piece, BQ, D, PIECES, True)
+            if p_e is not None:
+                b_do = load_piece(head_of(t_do, sequence, head), i, 0, Tq, piece, BQ, D, PIECES, True)
+                b_dom += row_sum(b_do, b_m[piece])
+                b_delta += row_sum(b_do, b_o)
+            if t_dobar is not None:
+                b_dobar = b_m[piece] - b_r[:, None] * b_o.to(tl.float32)
+                store_piece(head_of(t_dobar, sequence, head), b_dobar, i, Tq, piece, BQ, D, PIECES)
+            settle()
         if p_e is not None:
-            b_do = load_rows(head_of(t_do, sequence, head), i, 0, Tq, BQ, D, PIECES, True)
-            b_delta = row_sums(b_do, b_o)
             store_statistic(p_delta + row, b_delta, i, Tq, BQ)
-            store_statistic(p_e + row, row_sums(b_do, b_m) - 2 * b_delta * b_r, i, Tq, BQ)
+            store_statistic(p_e + row, b_dom - 2 * b_delta * b_r, i, Tq, BQ)
 
 
 @triton.jit
@@ -153,13 +155,13 @@ def _query_tile(
         if b_a is not None:
             b_s1 = add_product_t(b_s1, b_a, b_k)
         if x_b is not None:
-            b_b = _load_cotangent(x_b, j, low, key_start, Tk, BK, D, PIECES, EDGE or SHIFTED)
+            b_b = load_rows(x_b, j, tl.maximum(low, key_start), Tk, BK, D, PIECES, EDGE or SHIFTED)
             b_s1 = add_product_t(b_s1, b_q, b_b)
         b_s1 = b_s1 * scale
     b_dp = product_t(b_do, load_rows(x_v, j, low, Tk, BK, D, PIECES, EDGE))
     b_doc = None
     if x_c is not None:
-        b_c = _load_cotangent(x_c, j, low, key_start, Tk, BK, D, PIECES, EDGE or SHIFTED)
+        b_c = load_rows(x_c, j, tl.maximum(low, key_start), Tk, BK, D, PIECES, EDGE or SHIFTED)
         b_doc = product_t(b_do, b_c)
     b_ds, b_t = _gradients(b_p, b_s1, b_dp, b_doc, b_delta, b_r, b_e)
     b_acc = add_product(b_acc, b_t, b_k)
@@ -180,13 +182,13 @@ def queries(
     low = lowest_key(p_lengths, sequence, Tk)
     x_k = head_of(t_k, sequence, head // group)
     x_v = head_of(t_v, sequence, head // group)
-    x_b = head_or_none(t_b, sequence, head // group)
-    x_c = head_or_none(t_c, sequence, head // group)
-    b_q = load_rows(head_of(t_q, sequence, head), i, 0, Tq, BQ, D, PIECES, True)
-    b_do = load_rows(head_of(t_do, sequence, head), i, 0, Tq, BQ, D, PIECES, True)
+    x_b = head_from(t_b, sequence, head // group, key_start)
+    x_c = head_from(t_c, sequence, head // group, key_start)
+    b_q = load_block(head_of(t_q, sequence, head), i, 0, Tq, BQ, D, PIECES)
+    b_do = load_block(head_of(t_do, sequence, head), i, 0, Tq, BQ, D, PIECES)
     b_a = None
     if t_a is not None:
-        b_a = load_rows(head_of(t_a, sequence, head), i, 0, Tq, BQ, D, PIECES, True)
+        b_a = load_block(head_of(t_a, sequence, head), i, 0, Tq, BQ, D, PIECES)
     b_lse = load_statistic(p_lse + row, i, Tq, float("inf"), BQ, True)[:, None]
     b_r = load_statistic(p_r + row, i, Tq, 0.0, BQ, True)[:, None]
     b_e = load_statistic(p_e + row, i, Tq, 0.0, BQ, True)[:, None]
@@ -194,7 +196,7 @@ def queries(
     span = key_range(i, p_first, low, Tq, Tk, window, BQ, BK)
     b_acc = zero_rows(BQ, PIECES)
     for EDGE in tl.static_range(2):
-        for index in range(tiles(span, BK, EDGE)):
+        for index in tl.range(tiles(span, BK, EDGE), disable_licm=True):
             b_acc = _query_tile(
                 b_acc, b_q, b_a, b_do, b_lse, b_delta, b_r, b_e, x_k, x_v, x_b, x_c, i,
                 tile_start(span, index, BK, EDGE), p_first, low, Tq, Tk, window, key_start, scale,
@@ -253,16 +255,16 @@ def keys(
     """K_bar = s (dS^T A + T^T Q) and V_bar = P'^T dO of all keys (each unless its tensor is None)."""
     sequence, kv_head, j = key_block(heads // group, 0, Tk, BK)
     low = lowest_key(p_lengths, sequence, Tk)
-    b_k = load_rows(head_of(t_k, sequence, kv_head), j, low, Tk, BK, D, PIECES, True)
-    b_v = load_rows(head_of(t_v, sequence, kv_head), j, low, Tk, BK, D, PIECES, True)
+    b_k = load_block(head_of(t_k, sequence, kv_head), j, low, Tk, BK, D, PIECES)
+    b_v = load_block(head_of(t_v, sequence, kv_head), j, low, Tk, BK, D, PIECES)
     b_b = None
     if t_b is not None:
-        x_b = head_of(t_b, sequence, kv_head)
-        b_b = _load_cotangent(x_b, j, low, key_start, Tk, BK, D, PIECES, True)
+        x_b = head_from(t_b, sequence, kv_head, key_start)
+        b_b = load_block(x_b, j, tl.maximum(low, key_start), Tk, BK, D, PIECES)
     b_c = None
     if t_c is not None:
-        x_c = head_of(t_c, sequence, kv_head)
-        b_c = _load_cotangent(x_c, j, low, key_start, Tk, BK, D, PIECES, True)
+        x_c = head_from(t_c, sequence, kv_head, key_start)
+        b_c = load_block(x_c, j, tl.maximum(low, key_start), Tk, BK, D, PIECES)
     span = query_range(j, p_end, low, Tq, Tk, window, BQ, BK)
     b_kbar = zero_rows(BK, PIECES)
     b_vbar = zero_rows(BK, PIECES)
@@ -271,9 +273,9 @@ def keys(
         row = (sequence * heads + head).to(tl.int64) * Tq
         x_q = head_of(t_q, sequence, head)
         x_do = head_of(t_do, sequence, head)
-        x_a = head_or_none(t_a, sequence, head)
+        x_a = head_from(t_a, sequence, head, 0)
         for EDGE in tl.static_range(2):
-            for index in range(tiles(span, BQ, EDGE)):
+            for index in tl.range(tiles(span, BQ, EDGE), disable_licm=True):
                 b_kbar, b_vbar = _key_tile(
                     b_kbar, b_vbar, b_k, b_v, b_b, b_c, x_q, x_do, x_a, p_lse + row, p_r + row,
                     row_or_none(p_e, row), row_or_none(p_delta, row), tile_start(span, index, BQ, EDGE), j, p_first, low, Tq, Tk, window, scale,

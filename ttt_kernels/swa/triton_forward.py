@@ -8,6 +8,7 @@ from ttt_kernels.swa.triton_tiles import (
     LOG2E,
     add_product,
     head_of,
+    load_block,
     load_rows,
     product_t,
     scaled,
@@ -52,13 +53,13 @@ def attention(
     low = lowest_key(p_lengths, sequence, Tk)
     x_k = head_of(t_k, sequence, head // group)
     x_v = head_of(t_v, sequence, head // group)
-    b_q = load_rows(head_of(t_q, sequence, head), i, 0, Tq, BQ, D, PIECES, True)
+    b_q = load_block(head_of(t_q, sequence, head), i, 0, Tq, BQ, D, PIECES)
     span = key_range(i, p_first, low, Tq, Tk, window, BQ, BK)
     b_acc = zero_rows(BQ, PIECES)
     b_max = tl.full((BQ,), _NONE, tl.float32)
     b_sum = tl.zeros((BQ,), tl.float32)
     for EDGE in tl.static_range(2):
-        for index in range(tiles(span, BK, EDGE)):
+        for index in tl.range(tiles(span, BK, EDGE), disable_licm=True):
             b_acc, b_max, b_sum = _tile(
                 b_acc, b_max, b_sum, b_q, x_k, x_v, i, tile_start(span, index, BK, EDGE), p_first, low,
                 Tq, Tk, window, scale, BQ, BK, D, PIECES, EDGE,

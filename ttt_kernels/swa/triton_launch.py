@@ -53,7 +53,7 @@ class Call:
         self.arguments: dict[str, Any] = {
             "p_lengths": key_lengths, "p_first": first, "scale": scale, "Tq": tq, "Tk": tk,
             "window": min(window or tk, tk), "heads": heads, "group": heads // kv_heads,
-            "D": d, "PIECES": pieces(d, q.dtype),
+            "D": d,
         }  # fmt: skip
         self.dtype, self.device = q.dtype, q.device
         self.query_heads, self.key_heads = b * heads, b * kv_heads
@@ -70,7 +70,8 @@ class Call:
     def _run(
         self, name: str, kernel: Any, arguments: dict[str, Any], side: str, length: int, heads: int
     ) -> None:
-        given = {**self.arguments, **arguments}
+        head_dim = self.arguments["D"]
+        given = {**self.arguments, **arguments, "PIECES": pieces(name, head_dim, self.dtype)}
 
         def launch(config: Config) -> None:
             blocks = -(-length // dict(config.sizes)[side])
@@ -78,7 +79,7 @@ class Call:
 
         missing = [label for label, value in given.items() if value is None]
         with _on(self.device):
-            tuning.run(f"swa.{name}", (*self.key, *missing), configs(name, self.key[1], self.dtype), launch)
+            tuning.run(f"swa.{name}", (*self.key, *missing), configs(name, head_dim, self.dtype), launch)
 
 
 _FEW = 128

@@ -34,12 +34,13 @@ def head_of(t, sequence, head):
 
 
 @triton.jit
-def head_or_none(t, sequence, head):
-    """`head_of` a tensor that may be missing."""
+def head_from(t, sequence, head, start):
+    """`head_of` a tensor whose first row counts as row `start`; None for a tensor that is missing."""
     if t is None:
         return None
     else:
-        return head_of(t, sequence, head)
+        p_first, stride = head_of(t, sequence, head)
+        return p_first - tl.cast(start, tl.int64) * stride, stride
 
 
 @triton.jit
@@ -58,50 +59,84 @@ def _row_addresses(x, start, ROWS: tl.constexpr):
 
 
 @triton.jit
+def load_piece(
+    x, start, low, high, i: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Piece i of rows [start, start + ROWS); where MASKED, zeros for those outside [low, high)."""
+    b_column = column(PIECES, i) + tl.arange(0, size(PIECES, i))
+    p_piece = _row_addresses(x, start, ROWS) + b_column[None, :]
+    b_row = start + tl.arange(0, ROWS)
+    m_row = ((b_row >= low) & (b_row < high))[:, None]
+    if column(PIECES, i + 1) > D:
+        m_column = (b_column < D)[None, :]
+        if MASKED:
+            m_column = m_column & m_row
+        return tl.load(p_piece, mask=m_column, other=0.0)
+    elif MASKED:
+        return tl.load(p_piece, mask=m_row, other=0.0)
+    else:
+        return tl.load(p_piece)
+
+
+@triton.jit
 def load_rows(
     x, start, low, high, ROWS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, MASKED: tl.constexpr
 ):
     """Rows [start, start + ROWS) in pieces; where MASKED, zeros for those outside [low, high)."""
-    p_rows = _row_addresses(x, start, ROWS)
-    b_row = start + tl.arange(0, ROWS)
-    m_row = ((b_row >= low) & (b_row < high))[:, None]
     b_x = ()
     for i in tl.static_range(len(PIECES)):
-        b_column = column(PIECES, i) + tl.arange(0, size(PIECES, i))
-        p_piece = p_rows + b_column[None, :]
-        if column(PIECES, i + 1) > D:
-            m_column = (b_column < D)[None, :]
-            if MASKED:
-                m_column = m_column & m_row
-            b_piece = tl.load(p_piece, mask=m_column, other=0.0)
-        elif MASKED:
-            b_piece = tl.load(p_piece, mask=m_row, other=0.0)
-        else:
-            b_piece = tl.load(p_piece)
-        b_x = b_x + (b_piece,)
+        b_x = b_x + (load_piece(x, start, low, high, i, ROWS, D, PIECES, MASKED),)
     return b_x
+
+
+@triton.jit
+def settle():
+    """Keeps the compiler from beginning later loads before what it has loaded is used or in shared memory.
+
+    Several whole tensors at once overflow the registers (measured on sm_90 with rows of 128: 344 bytes spilled).
+    """
+    if not INTERPRETED:
+        tl.debug_barrier()
+
+
+@triton.jit
+def load_block(x, start, low, high, ROWS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr):
+    """The rows that a program keeps: `load_rows`, masked, one tensor at a time."""
+    b_x = load_rows(x, start, low, high, ROWS, D, PIECES, True)
+    settle()
+    return b_x
+
+
+@triton.jit
+def store_piece(
+    x, b_piece, start, high, i: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr
+):
+    """Stores piece i of float32 rows [start, start + ROWS) that are below `high` in the tensor's dtype."""
+    b_column = column(PIECES, i) + tl.arange(0, size(PIECES, i))
+    p_piece = _row_addresses(x, start, ROWS) + b_column[None, :]
+    m_piece = ((start + tl.arange(0, ROWS)) < high)[:, None]
+    if column(PIECES, i + 1) > D:
+        m_piece = m_piece & (b_column < D)[None, :]
+    tl.store(p_piece, narrow(b_piece, x[0].dtype.element_ty), mask=m_piece)
 
 
 @triton.jit
 def store_rows(x, b_x, start, high, ROWS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr):
     """Stores float32 rows [start, start + ROWS) that are below `high` in the tensor's dtype."""
-    p_rows = _row_addresses(x, start, ROWS)
-    m_row = ((start + tl.arange(0, ROWS)) < high)[:, None]
     for i in tl.static_range(len(PIECES)):
-        b_column = column(PIECES, i) + tl.arange(0, size(PIECES, i))
-        m_piece = m_row
-        if column(PIECES, i + 1) > D:
-            m_piece = m_row & (b_column < D)[None, :]
-        tl.store(p_rows + b_column[None, :], narrow(b_x[i], x[0].dtype.element_ty), mask=m_piece)
+        store_piece(x, b_x[i], start, high, i, ROWS, D, PIECES)
 
 
 @triton.jit
 def load_statistic(p_x, start, high, other, ROWS: tl.constexpr, MASKED: tl.constexpr):
     """Numbers [start, start + ROWS) of a vector; where MASKED, `other` for those from `high` on."""
-    b_row = start + tl.arange(0, ROWS)
+    # Relative to one address, those of a thread's numbers are constants of the instructions, not registers.
+    p_first = p_x + start
+    b_row = tl.arange(0, ROWS)
     if MASKED:
-        return tl.load(p_x + b_row, mask=b_row < high, other=other)
-    return tl.load(p_x + b_row)
+        return tl.load(p_first + b_row, mask=b_row < high - start, other=other)
+    return tl.load(p_first + b_row)
 
 
 @triton.jit
@@ -129,6 +164,9 @@ def _dot(b_x, b_y, b_sum):
         # The interpreter multiplies the bits of bfloat16 as integers.
         b_x = b_x.to(tl.float32)
         b_y = b_y.to(tl.float32)
+    elif b_x.dtype == tl.float32:
+        # Without tensor cores, the rows of several products at once would be in registers.
+        tl.debug_barrier()
     return tl.dot(b_x, b_y, b_sum, input_precision="ieee")
 
 
@@ -178,18 +216,6 @@ def scaled(b_x, b_factor):
 
 
 @triton.jit
-def minus(b_x, b_factor, b_y):
-    """Rows X - factor * Y in pieces, float32, with one factor a row (ROWS, 1)."""
-    b_out = ()
-    for i in tl.static_range(len(b_x)):
-        b_out = b_out + (b_x[i] - b_factor * b_y[i].to(tl.float32),)
-    return b_out
-
-
-@triton.jit
-def row_sums(b_x, b_y):
-    """rowsum(X * Y) of rows in pieces, float32 (ROWS,)."""
-    b_sum = tl.sum(b_x[0].to(tl.float32) * b_y[0].to(tl.float32), 1)
-    for i in tl.static_range(1, len(b_x)):
-        b_sum += tl.sum(b_x[i].to(tl.float32) * b_y[i].to(tl.float32), 1)
-    return b_sum
+def row_sum(b_x, b_y):
+    """rowsum(X * Y) of one piece, float32 (ROWS,)."""
+    return tl.sum(b_x.to(tl.float32) * b_y.to(tl.float32), 1)

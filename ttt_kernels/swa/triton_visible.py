@@ -100,4 +100,10 @@ def tile_start(span, index, SIZE: tl.constexpr, EDGE: tl.constexpr):
 @triton.jit
 def seen(b_i, b_j, p_first, low, Tq, Tk, window):
     """Whether queries see keys, for indices of shapes such as (BQ, 1) and (1, BK)."""
-    return (b_j >= first_key(b_i, p_first, low, Tq, Tk, window)) & (b_j <= b_i + (Tk - Tq))
+    # One comparison without sign says that a key is neither after the query nor before its window. Keys that are
+    # not valid are moved behind every query.
+    b_age = b_i + (Tk - Tq) - tl.where(b_j < low, Tk, b_j)
+    m_seen = b_age.to(tl.uint32, bitcast=True) < window.to(tl.uint32)
+    if p_first is not None:
+        m_seen = m_seen & (b_j >= tl.load(p_first + b_i, mask=b_i < Tq, other=0))
+    return m_seen
