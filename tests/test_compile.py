@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from ttt_kernels import compile as command
 from ttt_kernels.aot import Report, parse
 
@@ -67,21 +68,23 @@ def test_kernels_compile_for_every_architecture(kernel: str) -> None:
         assert all(row[-1] == instruction for row in rows), done.stdout
 
 
-def test_every_kernel_and_configuration_is_listed() -> None:
-    code = "from ttt_kernels.swa.triton_aot import cases; print(*{(c.name, str(c.config)) for c in cases()}, sep='\\n')"
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+def test_every_kernel_is_listed() -> None:
+    code = "from ttt_kernels.swa.triton_aot import cases; print(*{c.name for c in cases(90)})"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        check=True,
     )
-    kernels = {eval(line)[0] for line in done.stdout.splitlines()}
-    assert kernels == {
-        f"swa.{name}"
-        for name in ("forward", "backward_queries", "backward_keys", "along",
-                     "double_backward_queries", "double_backward_keys")
-    }  # fmt: skip
+    passes = ("forward", "backward_queries", "backward_keys")
+    second = ("along", "double_backward_queries", "double_backward_keys")
+    assert set(done.stdout.split()) == {f"swa.{name}" for name in passes + second}
 
 
-def test_failures_make_the_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_failures_make_the_exit_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     bad = report("HGMMA.64x64x16.F32.BF16", stack=8)
     monkeypatch.setattr("ttt_kernels.aot.compile_case", lambda case, arch: bad)
     monkeypatch.setenv("TRITON_INTERPRET", "0")

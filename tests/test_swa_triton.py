@@ -18,7 +18,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 _NUMPY = tuple(map(int, numpy.__version__.split(".")[:2]))
 pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and _OLD and _NUMPY >= (2, 4), reason="the interpreter of Triton 3.6 needs NumPy below 2.4"
+    DEVICE == "cpu" and _OLD and _NUMPY >= (2, 4),
+    reason="the interpreter of Triton 3.6 needs NumPy below 2.4",
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {
@@ -153,7 +154,9 @@ def assert_close(order: str, given: list, needs: list[bool], limit: float = 2e-6
         assert relative_error(own, truth) < limit
 
 
-@pytest.mark.parametrize("key_start", [0, pytest.param(1, marks=pytest.mark.slow), 30, pytest.param(49, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "key_start", [0, pytest.param(1, marks=pytest.mark.slow), 30, pytest.param(49, marks=pytest.mark.slow)]
+)
 def test_gradients_of_the_last_keys_only(key_start: int) -> None:
     assert_close("backward", arguments(key_start), [True] * 3)
     assert_close("double_backward", [*cotangents(key_start), *arguments(key_start)], [True] * 4)
@@ -214,7 +217,7 @@ def test_tiles_of_other_sizes(monkeypatch: pytest.MonkeyPatch, queries: int, key
     monkeypatch.setattr("ttt_kernels.swa.triton_launch.configs", lambda *_: config)
     assert_close("backward", arguments(3), [True] * 3)
     assert_close("double_backward", [*cotangents(3), *arguments(3)], [True] * 4)
-    o, lse = operator.forward(*arguments()[1:6], 25, 0.4, 0, backend="triton")
+    o = operator.forward(*arguments()[1:6], 25, 0.4, 0, backend="triton")[0]
     assert relative_error(o, arguments()[6].double()) < 1e-6
 
 

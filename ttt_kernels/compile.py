@@ -11,15 +11,18 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
+from ttt_kernels import aot
+from ttt_kernels.aot import Case
 
-def _swa() -> list:
+
+def _swa(arch: int) -> list[Case]:
     from ttt_kernels.swa.triton_aot import cases
 
-    return cases()
+    return cases(arch)
 
 
-OPERATORS: dict[str, Callable[[], list]] = {"swa": _swa}
-"""Operator -> its kernels, each with its configurations, as `aot.Case`."""
+OPERATORS: dict[str, Callable[[int], list[Case]]] = {"swa": _swa}
+"""Operator -> its kernels for an architecture, each with its configurations."""
 
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -40,25 +43,23 @@ def main(given: Sequence[str] | None = None) -> int:
         return 2
     # Interpreted kernels cannot be compiled.
     os.environ["TRITON_INTERPRET"] = "0"
-    from ttt_kernels.aot import compile_case
-
-    cases = [case for operator in options.operator for case in OPERATORS[operator]()]
-    cases = [c for c in cases if options.kernel in c.name and c.variant.startswith(options.variant)]
     print(f"{'kernel':28} {'variant':14} {'configuration':30} {'arch':6} registers spilled  shared products")
-    failed = 0
-    for case in cases:
-        for arch in options.arch:
-            number = int(arch.removeprefix("sm_"))
-            report = compile_case(case, number)
+    count = failed = 0
+    for arch in options.arch:
+        number = int(arch.removeprefix("sm_"))
+        for case in (c for operator in options.operator for c in OPERATORS[operator](number)):
+            if options.kernel not in case.name or not case.variant.startswith(options.variant):
+                continue
+            report = aot.compile_case(case, number)
             problems = report.problems(number, case.narrow)
-            failed += bool(problems)
+            count, failed = count + 1, failed + bool(problems)
             print(
                 f"{case.name:28} {case.variant:14} {case.config!s:30} {arch:6} {report.registers:9} "
                 f"{report.spilled:7} {report.shared:7} {report.products()}"
                 f"{'  <- ' + ', '.join(problems) if problems else ''}",
                 flush=True,
             )
-    print(f"{len(cases)} kernels with their configurations, {failed} failures")
+    print(f"{count} kernels compiled, {failed} with problems")
     return 1 if failed else 0
 
 

@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,15 @@ def _may_time() -> bool:
 def interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, on the processor."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """Compute capability of a device, as in sm_80; 0 for the processor."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _time(launch: Launch, config: Config) -> float:

@@ -46,8 +46,8 @@ def _results(name: str, arguments: dict[str, Any], head_dim: int) -> list[dict[s
     return [{**arguments, missing: Constant(None)} for missing in sums]
 
 
-def cases() -> list[Case]:
-    """All kernels for head dimensions of every group of configurations, and special cases of each kernel."""
+def cases(arch: int) -> list[Case]:
+    """All kernels for an architecture (80 is sm_80): every configuration, and special cases of each kernel."""
     plain = [(dtype, d, False) for dtype in (torch.bfloat16, torch.float32) for d in (64, 80, 128, 256)]
     special = [(torch.float16, 64, False), (torch.bfloat16, 64, True)]
     found = []
@@ -55,7 +55,7 @@ def cases() -> list[Case]:
         for dtype, head_dim, packed in plain + special:
             everything = _arguments(name, kernel, dtype, head_dim, packed)
             variant = f"{_TYPES[dtype]} {head_dim}{' packed' if packed else ''}"
-            choices = configs(name, head_dim, dtype)
+            choices = configs(name, head_dim, dtype, arch)
             for config in choices if (dtype, head_dim, packed) in plain else choices[:1]:
                 found += [
                     Case(f"swa.{name}", variant, kernel, arguments, config, dtype != torch.float32)

@@ -51,7 +51,7 @@ _NARROW = {
     },
     "along": {
         64: (config(64, 32, 4, 2), config(128, 64, 8, 2)),
-        128: (config(64, 32, 4, 2), config(64, 32, 4, 1)),
+        128: (config(64, 32, 4, 1), config(64, 32, 4, 2)),
         256: (config(64, 16, 4, 1),),
     },
     "double_backward_queries": {
@@ -71,13 +71,42 @@ A program has 16 rows a warp on the side of its sums: with fewer, Triton 3.6 to 
 ways and moves the sums between them in every step (seen in its intermediate code for sm_90).
 """
 
+_AMPERE = {
+    "forward": {64: (config(64, 64, 4, 3),), 128: (config(64, 32, 4, 2),), 256: (config(64, 16, 8, 2),)},
+    "backward_queries": {
+        64: (config(64, 32, 4, 2),),
+        128: (config(64, 32, 8, 2),),
+        256: (config(32, 32, 8, 1),),
+    },
+    "backward_keys": {
+        64: (config(32, 64, 4, 2),),
+        128: (config(32, 64, 8, 1),),
+        256: (config(16, 32, 8, 1),),
+    },
+    "along": {64: (config(64, 32, 4, 2),), 128: (config(64, 32, 8, 1),), 256: (config(32, 16, 8, 1),)},
+    "double_backward_queries": {
+        64: (config(64, 32, 4, 1),),
+        128: (config(64, 32, 8, 1),),
+        256: (config(32, 16, 8, 1),),
+    },
+    "double_backward_keys": {
+        64: (config(32, 64, 8, 1),),
+        128: (config(16, 64, 8, 1),),
+        256: (config(16, 32, 8, 1),),
+    },
+}
+"""As `_NARROW`, for devices before Hopper, where factors of products are in registers."""
+
 _WIDE = {name: {HEAD_DIM: (config(16, 16, 4, 1),)} for name in _NARROW}
 """As `_NARROW`, for float32."""
 
 
-def configs(kernel: str, head_dim: int, dtype: torch.dtype) -> tuple[Config, ...]:
-    """The configurations of a kernel, the safest first; in interpreter mode a small one."""
+def configs(kernel: str, head_dim: int, dtype: torch.dtype, capability: int) -> tuple[Config, ...]:
+    """The configurations of a kernel, the safest first; in interpreter mode a small one.
+
+    `capability` is the device's, as in sm_80.
+    """
     if interpreted():
         return _INTERPRETED
-    table = (_WIDE if dtype == torch.float32 else _NARROW)[kernel]
-    return next(found for largest, found in table.items() if head_dim <= largest)
+    table = _WIDE if dtype == torch.float32 else _NARROW if capability >= 90 else _AMPERE
+    return next(found for largest, found in table[kernel].items() if head_dim <= largest)

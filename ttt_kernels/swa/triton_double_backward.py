@@ -37,7 +37,6 @@ from ttt_kernels.swa.triton_visible import (
     lowest_key,
     query_block,
     query_range,
-    seen,
     tile_start,
     tiles,
 )
@@ -278,7 +277,8 @@ def keys(
             for index in tl.range(tiles(span, BQ, EDGE), disable_licm=True):
                 b_kbar, b_vbar = _key_tile(
                     b_kbar, b_vbar, b_k, b_v, b_b, b_c, x_q, x_do, x_a, p_lse + row, p_r + row,
-                    row_or_none(p_e, row), row_or_none(p_delta, row), tile_start(span, index, BQ, EDGE), j, p_first, low, Tq, Tk, window, scale,
+                    row_or_none(p_e, row), row_or_none(p_delta, row), tile_start(span, index, BQ, EDGE), j,
+                    p_first, low, Tq, Tk, window, scale,
                     BQ, BK, D, PIECES, EDGE, t_kbar is not None, t_vbar is not None,
                 )  # fmt: skip
     if t_kbar is not None:

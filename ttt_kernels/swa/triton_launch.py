@@ -77,9 +77,10 @@ class Call:
             blocks = -(-length // dict(config.sizes)[side])
             kernel[(blocks * heads,)](**given, **config.options())
 
+        choices = configs(name, head_dim, self.dtype, tuning.capability(self.device))
         missing = [label for label, value in given.items() if value is None]
         with _on(self.device):
-            tuning.run(f"swa.{name}", (*self.key, *missing), configs(name, head_dim, self.dtype), launch)
+            tuning.run(f"swa.{name}", (*self.key, *missing), choices, launch)
 
 
 _FEW = 128
