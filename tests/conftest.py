@@ -1,5 +1,6 @@
 """Settings of every test: the installed package is tested, uninitialized memory is poisoned, time is bounded."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    # Triton reads it when it is imported: kernels are interpreted where there is no GPU to run them.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 

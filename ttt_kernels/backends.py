@@ -9,11 +9,12 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ttt_kernels import extension
+from ttt_kernels import extension, tuning
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 """Every backend, the best first."""
 
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ENVIRONMENT = "TTT_KERNELS_BACKEND"
 
 
@@ -37,7 +38,9 @@ def _missing(name: str) -> str | None:
     if name == "triton":
         if find_spec("triton") is None:
             return "the triton package is not installed"
-        return "no operator has Triton kernels in this version"
+        if not (torch.cuda.is_available() or tuning.interpreted()):
+            return "no GPU is available (with TRITON_INTERPRET=1 its kernels are interpreted, for debugging)"
+        return None
     if name == "cuda":
         return "no operator has CUDA kernels in this version"
     return None
@@ -122,6 +125,9 @@ def select(
             )
         return asked
     for name in NAMES:
+        if name == "triton" and _on_cpu(tensors):
+            # Only its interpreter would serve them, which nobody wants who does not debug a kernel.
+            continue
         # Finding out why a backend is missing takes longer than a kernel: not where it has no kernel anyway.
         if (name in refusals or name == "reference") and _refusal(operator, name, tensors, refusals) is None:
             return name
@@ -146,6 +152,20 @@ def refuse_on_cpu(tensors: tuple[Tensor, ...]) -> str | None:
         if t.is_floating_point() and t.dtype not in extension.DTYPES:
             return f"a tensor has dtype {t.dtype}; accepted are {', '.join(map(str, extension.DTYPES))}"
     return None
+
+
+def refuse_on_triton(tensors: tuple[Tensor, ...]) -> str | None:
+    """What Triton kernels cannot take: tensors off the GPU, unless they are interpreted, and of some dtypes."""
+    for t in tensors:
+        if t.device.type != "cuda" and not (t.device.type == "cpu" and tuning.interpreted()):
+            return f"a tensor is on {t.device}, and its kernels run on a GPU"
+        if t.is_floating_point() and t.dtype not in _TRITON_DTYPES:
+            return f"a tensor has dtype {t.dtype}; accepted are {', '.join(map(str, _TRITON_DTYPES))}"
+    return None
+
+
+def _on_cpu(tensors: tuple[Tensor, ...]) -> bool:
+    return all(t.device.type == "cpu" for t in tensors)
 
 
 def backends() -> dict[str, dict[str, object]]:

@@ -6,7 +6,7 @@ from ttt_kernels import tangents
 from ttt_kernels.backends import refuse_on_cpu
 from ttt_kernels.extension import compute_dtype
 from ttt_kernels.registry import Operator
-from ttt_kernels.swa import check, cpu, jvp, reference
+from ttt_kernels.swa import check, cpu, jvp, reference, triton
 
 
 def _fake(
@@ -55,8 +55,13 @@ operator = Operator(
             "backward": cpu.backward,
             "double_backward": cpu.double_backward,
         },
+        "triton": {
+            "forward": triton.forward,
+            "backward": triton.backward,
+            "double_backward": triton.double_backward,
+        },
     },
-    refusals={"cpu": refuse_on_cpu},
+    refusals={"cpu": refuse_on_cpu, "triton": triton.refuse},
     keeps=("o",),
     fake_backward=_fake_backward,
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 from ttt_kernels.backends import refuse_on_cpu
 from ttt_kernels.extension import compute_dtype
 from ttt_kernels.registry import Kernel, Operator
-from ttt_kernels.swa import cpu, reference
+from ttt_kernels.swa import cpu, reference, triton
 from ttt_kernels.swa.blocks import blocks, layout, valid
 from ttt_kernels.swa.reference import scores, scores_tangent, softmax
 from ttt_kernels.swa.visible import first_keys
@@ -53,26 +53,29 @@ def reference_forward(
     return lay.join_queries(outputs), lay.join_queries(tangents), lay.join_statistic(statistics)
 
 
-def cpu_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_dot: Tensor | None,
-    k_dot: Tensor | None,
-    v_dot: Tensor | None,
-    key_lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference_forward`."""
-    call = (q, k, v, key_lengths, cu_seqlens)
-    o, lse = cpu.forward(*call, window, scale)
-    # The tangent does not depend on a cotangent of the output: any tensor like it will do.
-    needs = (True, False, False, False)
-    tangent, *_ = cpu.double_backward(q_dot, k_dot, v_dot, o, *call, o, lse, window, scale, 0, needs)
-    assert tangent is not None
-    return o, tangent, lse
+def _forward(kernels: Any) -> Kernel:
+    """`reference_forward` by the forward and the first sweep of the double backward of attention."""
+
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_dot: Tensor | None,
+        k_dot: Tensor | None,
+        v_dot: Tensor | None,
+        key_lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
+        window: int | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        call = (q, k, v, key_lengths, cu_seqlens)
+        o, lse = kernels.forward(*call, window, scale)
+        # The tangent does not depend on a cotangent of the output: any tensor like it will do.
+        needs = (True, False, False, False)
+        tangent, *_ = kernels.double_backward(q_dot, k_dot, v_dot, o, *call, o, lse, window, scale, 0, needs)
+        return o, tangent, lse
+
+    return forward
 
 
 def _backward(kernels: Any) -> Kernel:
@@ -129,8 +132,11 @@ operator = Operator(
     fake=_fake,
     kernels={
         "reference": {"forward": reference_forward, "backward": _backward(reference)},
-        "cpu": {"forward": cpu_forward, "backward": _backward(cpu)},
+        **{
+            name: {"forward": _forward(kernels), "backward": _backward(kernels)}
+            for name, kernels in (("cpu", cpu), ("triton", triton))
+        },
     },
-    refusals={"cpu": refuse_on_cpu},
+    refusals={"cpu": refuse_on_cpu, "triton": triton.refuse},
     keeps=("o",),
 )

@@ -1,0 +1,98 @@
+"""Ahead-of-time compilation of Triton kernels, without a GPU: what is measured, and that failures are found."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ttt_kernels import compile as command
+from ttt_kernels.aot import Report, parse
+
+pytest.importorskip("triton")
+
+USAGE = "Resource usage:\n Function kernel:\n  REG:128 STACK:{stack} SHARED:0 LOCAL:0 CONSTANT[0]:560\n"
+SASS = "  /*0100*/  {} R24, gdesc[UR4], RZ ;\n  /*0110*/  FFMA R1, R2, R3, R4 ;\n"
+
+
+def report(instruction: str, stack: int = 0, shared: int = 1000) -> Report:
+    return parse(USAGE.format(stack=stack), SASS.format(instruction), shared)
+
+
+def test_a_good_kernel_has_no_problems() -> None:
+    found = report("HGMMA.64x64x16.F32.BF16")
+    assert (found.registers, found.spilled, found.shared) == (128, 0, 1000)
+    assert found.instructions == {"HGMMA": 1, "FFMA": 1}
+    assert found.products() == "HGMMA"
+    assert found.problems(90, narrow=True) == []
+    assert report("UTCHMMA").problems(100, narrow=True) == []
+    assert report("HMMA.16816.F32.BF16").problems(80, narrow=True) == []
+    assert report("FFMA").problems(90, narrow=False) == []
+
+
+@pytest.mark.parametrize(
+    ("found", "arch", "narrow", "problem"),
+    [
+        (report("HGMMA.64x64x16.F32.BF16", stack=16), 90, True, "16 bytes spilled"),
+        (report("HGMMA.64x64x16.F32.BF16", shared=233_000), 90, True, "shared memory beyond 232448"),
+        (report("HMMA.16816.F32", shared=167_000), 80, True, "shared memory beyond 166912"),
+        (report("HMMA.16816.F32.BF16"), 90, True, "a product does not use HGMMA"),
+        (report("HMMA.16816.F32.BF16 R0 ;\n HGMMA.64x64x16"), 90, True, "a product does not use HGMMA"),
+        (report("FADD"), 80, True, "no tensor cores"),
+        (report("FADD"), 100, True, "no tensor cores"),
+        (report("HMMA.1688.F32.TF32"), 80, False, "float32 products are not exact"),
+    ],
+)
+def test_problems_are_found(found: Report, arch: int, narrow: bool, problem: str) -> None:
+    assert problem in found.problems(arch, narrow)
+
+
+def compile_kernels(*given: str) -> subprocess.CompletedProcess:
+    """The command in a process of its own, because kernels of this one are interpreted."""
+    return subprocess.run(
+        [sys.executable, "-m", "ttt_kernels.compile", *given],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("kernel", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
+def test_kernels_compile_for_every_architecture(kernel: str) -> None:
+    done = compile_kernels("--kernel", kernel, "--variant", "fp16")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for arch, instruction in (("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA")):
+        rows = [line.split() for line in done.stdout.splitlines() if f" {arch} " in line]
+        assert rows
+        assert all(row[-1] == instruction for row in rows), done.stdout
+
+
+def test_every_kernel_is_listed() -> None:
+    code = "from ttt_kernels.swa.triton_aot import cases; print(*{c.name for c in cases(90)})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        check=True,
+    )
+    passes = ("forward", "backward_queries", "backward_keys")
+    second = ("along", "double_backward_queries", "double_backward_keys")
+    assert set(done.stdout.split()) == {f"swa.{name}" for name in passes + second}
+
+
+def test_failures_make_the_exit_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    bad = report("HGMMA.64x64x16.F32.BF16", stack=8)
+    monkeypatch.setattr("ttt_kernels.aot.compile_case", lambda case, arch: bad)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert command.main(["--arch", "sm_90", "--kernel", "along"]) == 1
+    assert "8 bytes spilled" in capsys.readouterr().out
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    assert command.main([]) == 2
+    assert "triton package is not installed" in capsys.readouterr().err

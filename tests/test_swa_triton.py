@@ -1,0 +1,340 @@
+"""Attention's Triton kernels, every order against float64: interpreted, or on a GPU where there is one."""
+
+import numpy
+import pytest
+import torch
+from harness import assert_within_budget, draw, relative_error
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.library import opcheck
+
+from ttt_kernels import backends, sliding_window_attention
+from ttt_kernels.swa import operator, triton_configs
+
+triton = pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton 3.6 makes integers of arrays in a way that NumPy 2.4 refuses.
+_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+_NUMPY = tuple(map(int, numpy.__version__.split(".")[:2]))
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and _OLD and _NUMPY >= (2, 4),
+    reason="the interpreter of Triton 3.6 needs NumPy below 2.4",
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "heads first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "dimensions apart": lambda t: t.transpose(1, 3).contiguous().transpose(1, 3),
+    "sliced": lambda t: torch.cat([t, t], 2)[:, :, : t.shape[2]],
+}
+
+
+def on(backend: str, layout: str = "contiguous", **options):
+    place = LAYOUTS[layout]
+    return lambda q, k, v: sliding_window_attention(place(q), place(k), place(v), **options, backend=backend)
+
+
+def qkv(b: int, tq: int, tk: int, heads: int, kv_heads: int, d: int) -> list[Tensor]:
+    shapes = ((b, tq, heads, d), (b, tk, kv_heads, d), (b, tk, kv_heads, d))
+    return [draw(*shape, seed=i).to(DEVICE) for i, shape in enumerate(shapes)]
+
+
+def numbers(*values: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+
+# Tiles are 16 queries by 32 keys when interpreted, so that these have tiles at both edges and between them.
+CASES = {
+    "one key": ((1, 1, 1, 1, 1, 5), {}),
+    "causal": ((1, 70, 70, 1, 1, 16), {}),
+    "group": ((1, 33, 33, 3, 1, 8), {"window": 20}),
+    "groups": ((2, 18, 18, 4, 2, 5), {"scale": 0.4}),
+    "prefix": ((1, 40, 110, 1, 1, 16), {"window": 70}),
+    "small and everything": (
+        (1, 19, 35, 2, 1, 20),
+        {"window": 22, "key_lengths": (33,)},
+    ),
+    "packed in short": ((1, 34, 34, 1, 1, 8), {"cu_seqlens": (0, 3, 3, 20, 34), "window": 12}),
+    "window smaller than a tile": ((1, 70, 70, 1, 1, 5), {"window": 9}),
+    "window of a tile": ((1, 66, 66, 1, 1, 8), {"window": 32}),
+    "window beyond the keys": ((1, 20, 40, 1, 1, 8), {"window": 1000}),
+    "two pieces": ((1, 20, 20, 1, 1, 40), {"window": 15}),
+    "80 = 64 + 16": ((1, 17, 20, 1, 1, 80), {}),
+    "cache that is not full": ((3, 20, 75, 1, 1, 8), {"key_lengths": (0, 7, 75), "window": 60}),
+    "packed": ((1, 70, 70, 2, 1, 8), {"cu_seqlens": (0, 1, 22, 22, 60, 70), "window": 25}),
+    "packed and not full": ((1, 50, 50, 1, 1, 8), {"cu_seqlens": (0, 20, 50), "key_lengths": (43,)}),
+    "negative scale": ((1, 20, 20, 1, 1, 8), {"scale": -0.7}),
+    "scale of zero": ((1, 20, 20, 1, 1, 8), {"scale": 0.0, "window": 9}),
+}
+
+
+SLOW = {"causal", "group", "groups", "prefix", "cache that is not full", "packed", "80 = 64 + 16"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES]
+)
+def test_within_budget_in_float32(name: str) -> None:
+    sizes, given_options = CASES[name]
+    options = {k: numbers(*v) if isinstance(v, tuple) else v for k, v in given_options.items()}
+    assert_within_budget(lambda b: on(b, **options), qkv(*sizes), torch.float32, "triton")
+
+
+def test_a_window_of_one_copies_the_values() -> None:
+    q, k, v = (t.float().requires_grad_() for t in qkv(1, 35, 40, 2, 1, 8))
+    o = sliding_window_attention(q, k, v, window=1, backend="triton")
+    torch.testing.assert_close(o, v[:, -35:].expand_as(o))
+    dq, dk, dv = torch.autograd.grad(o.sum(), (q, k, v))
+    torch.testing.assert_close(dv[:, -35:], torch.full_like(dv[:, -35:], 2.0))
+    assert dv[:, :-35].abs().max() == 0
+    assert max(float(dq.abs().max()), float(dk.abs().max())) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_within_budget_in_16_bits(dtype: torch.dtype) -> None:
+    options = {"window": 20, "key_lengths": numbers(36, dtype=torch.int32)}
+    inputs = qkv(1, 18, 40, 1, 1, 24)
+    assert_within_budget(lambda b: on(b, "heads first", **options), inputs, dtype, "triton")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=12)
+@given(data=st.data())
+def test_within_budget_of_anything(dtype: torch.dtype, data: st.DataObject) -> None:
+    pick = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
+    heads, kv_heads = pick((1, 1), (2, 1), (2, 2))
+    b, tq, prefix, d = pick(1, 2), pick(1, 17, 37, 60), pick(0, 1, 40, 70), pick(1, 5, 16, 40, 80, 112)
+    options: dict = {"window": pick(None, 2, 31, 50, 500), "scale": pick(None, 0.4)}
+    packing = pick("none", "lengths", "packed")
+    if packing == "lengths":
+        options["key_lengths"] = numbers(*[tq + prefix // 2, 2][:b])
+    if packing == "packed":
+        assume(b == 1 and prefix == 0)
+        options["cu_seqlens"] = numbers(0, tq // 3, tq, dtype=torch.int32)
+    layout = pick(*sorted(LAYOUTS))
+    inputs = qkv(b, tq, tq + prefix, heads, kv_heads, d)
+    assert_within_budget(lambda name: on(name, layout, **options), inputs, dtype, "triton")
+
+
+# -- Kernels called for themselves --------------------------------------------------------------------------
+
+
+def arguments(key_start: int = 0, dtype: torch.dtype = torch.float32, lengths=(39,)) -> list:
+    """Arguments of the backward; the window and the length cut within tiles."""
+    q, k, v = (t.to(dtype) for t in qkv(1, 19, 50, 2, 1, 8))
+    given = (q, k, v, None if lengths is None else numbers(*lengths), None)
+    o, lse = operator.forward(*given, 25, 0.4, 0, backend="reference")
+    d_o = draw(*q.shape, seed=9).to(DEVICE, dtype)
+    return [d_o, *given, o, lse, 25, 0.4, key_start]
+
+
+def cotangents(key_start: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    _, q, k, v, *_ = arguments()
+    shapes = (q.shape, k[:, key_start:].shape, v[:, key_start:].shape)
+    return [draw(*shape, seed=20 + i).to(DEVICE, dtype) for i, shape in enumerate(shapes)]
+
+
+def both(order: str, given: list, needs: list[bool]) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Results of an order by the Triton kernels and by the formulas in float64."""
+    wide = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in given]
+    own = operator.kernels["triton"][order](*given, needs)
+    return list(zip(own, operator.kernels["reference"][order](*wide, needs), strict=True))
+
+
+def assert_close(order: str, given: list, needs: list[bool], limit: float = 2e-6) -> None:
+    for own, truth in both(order, given, needs):
+        if truth is None:
+            assert own is None
+            continue
+        assert own.shape == truth.shape
+        assert own.is_contiguous()
+        assert truth.norm() > 0
+        assert relative_error(own, truth) < limit
+
+
+@pytest.mark.parametrize(
+    "key_start", [0, pytest.param(1, marks=pytest.mark.slow), 30, pytest.param(49, marks=pytest.mark.slow)]
+)
+def test_gradients_of_the_last_keys_only(key_start: int) -> None:
+    assert_close("backward", arguments(key_start), [True] * 3)
+    assert_close("double_backward", [*cotangents(key_start), *arguments(key_start)], [True] * 4)
+
+
+@pytest.mark.parametrize("missing", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+def test_missing_cotangents(missing: tuple[int, ...]) -> None:
+    given = [None if i in missing else g for i, g in enumerate(cotangents(0))]
+    needs = [True] * 4
+    if missing == (0, 1):
+        # Without cotangents of dQ and dK there is no S', and V_bar is zero.
+        needs[3] = False
+        own = operator.kernels["triton"]["double_backward"](*given, *arguments(), [True] * 4)
+        assert own[3].abs().max() == 0
+    assert_close("double_backward", [*given, *arguments()], needs)
+
+
+def test_no_cotangent_at_all() -> None:
+    own = operator.kernels["triton"]["double_backward"](None, None, None, *arguments(), [True] * 4)
+    assert all(t.abs().max() == 0 for t in own)
+
+
+@pytest.mark.parametrize("wanted", range(7))
+def test_only_what_is_needed(wanted: int) -> None:
+    if wanted < 3:
+        order, given, results = "backward", arguments(20), 3
+    else:
+        order, given, results = "double_backward", [*cotangents(20), *arguments(20)], 4
+    everything = operator.kernels["triton"][order](*given, [True] * results)
+    needs = [i == wanted % 3 if wanted < 3 else i == wanted - 3 for i in range(results)]
+    for need, f, e in zip(needs, operator.kernels["triton"][order](*given, needs), everything, strict=True):
+        assert torch.equal(f, e) if need else f is None
+
+
+def test_expanded_cotangents() -> None:
+    """Strides of 0, as `.sum()` makes them, for every cotangent."""
+    given = arguments()
+    given[0] = torch.ones((), device=DEVICE).expand(given[0].shape)
+    assert_close("backward", given, [True] * 3)
+    ones = [torch.full((), 0.5 + i, device=DEVICE).expand(g.shape) for i, g in enumerate(cotangents(0))]
+    # With the same cotangent for every element, sums cancel.
+    assert_close("double_backward", [*ones, *given], [True] * 4, 1e-5)
+
+
+def test_heads_too_wide_for_one_launch() -> None:
+    """Gradients of keys and values are summed one after the other; 144 = 128 + 16."""
+    q, k, v = (t.float() for t in qkv(1, 9, 9, 1, 1, 144))
+    o, lse = operator.forward(q, k, v, None, None, None, 0.1, 0, backend="reference")
+    given = [draw(*q.shape, seed=9).float().to(DEVICE), q, k, v, None, None, o, lse, None, 0.1, 0]
+    assert_close("backward", given, [True] * 3)
+    firsts = [draw(*t.shape, seed=3 + i).float().to(DEVICE) for i, t in enumerate((q, k, v))]
+    assert_close("double_backward", [*firsts, *given], [True] * 4)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(32, 16), pytest.param(16, 16, marks=pytest.mark.slow)])
+def test_tiles_of_other_sizes(monkeypatch: pytest.MonkeyPatch, queries: int, keys: int) -> None:
+    config = (triton_configs.config(queries, keys, 4, 1),)
+    monkeypatch.setattr("ttt_kernels.swa.triton_launch.configs", lambda *_: config)
+    assert_close("backward", arguments(3), [True] * 3)
+    assert_close("double_backward", [*cotangents(3), *arguments(3)], [True] * 4)
+    o = operator.forward(*arguments()[1:6], 25, 0.4, 0, backend="triton")[0]
+    assert relative_error(o, arguments()[6].double()) < 1e-6
+
+
+def test_queries_without_keys_and_what_lies_there() -> None:
+    """Invalid keys may hold anything; a query that sees no other has an output and gradients of zero."""
+    q, k, v = (t.float() for t in qkv(2, 20, 40, 1, 1, 8))
+    lengths = numbers(19, 0)
+    for t in (k, v):
+        t[0, :21] = float("nan")
+        t[1] = float("inf")
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    o = sliding_window_attention(*leaves, key_lengths=lengths, backend="triton")
+    d_o = draw(*o.shape, seed=3).float().to(DEVICE).requires_grad_()
+    first = torch.autograd.grad(o, leaves, d_o, create_graph=True)
+    seconds = [draw(*t.shape, seed=6 + i).float().to(DEVICE) for i, t in enumerate(leaves)]
+    for t in seconds[1:]:
+        t[0, :21] = float("nan")
+    second = torch.autograd.grad(first, [*leaves, d_o], seconds)
+    for t in (o, *first, *second):
+        assert t.isfinite().all()
+        assert t[1].abs().max() == 0
+        assert t[0].abs().max() > 0
+    for t in (o, first[0], second[0], second[3]):
+        assert t[0, 0].abs().max() == 0
+    for t in (*first[1:], *second[1:3]):
+        assert t[0, :21].abs().max() == 0
+    lse = operator.kernels["triton"]["forward"](q, k, v, lengths, None, None, 0.3)[1]
+    assert torch.equal(lse.detach() == float("-inf"), (torch.arange(20) < 1).expand(2, 1, 20).to(DEVICE) | (
+        torch.arange(2)[:, None, None] == 1).to(DEVICE))  # fmt: skip
+
+
+def test_large_scores_do_not_overflow() -> None:
+    q, k, v = (t.float() for t in qkv(1, 40, 40, 1, 1, 8))
+    found = sliding_window_attention(q, k, v, scale=1000.0, backend="triton")
+    wide = [t.double() for t in (q, k, v)]
+    assert relative_error(found, sliding_window_attention(*wide, scale=1000.0, backend="reference")) < 1e-4
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 5, 2, 1, 4), (2, 0, 5, 2, 1, 4)])
+def test_empty(sizes: tuple[int, ...]) -> None:
+    leaves = [t.float().requires_grad_() for t in qkv(*sizes)]
+    o = sliding_window_attention(*leaves, backend="triton")
+    assert o.shape == leaves[0].shape
+    assert all(g.sum() == 0 for g in torch.autograd.grad(o.sum(), leaves))
+
+
+def test_same_bits_every_time() -> None:
+    given = [*cotangents(0), *arguments()]
+    results = [operator.kernels["triton"]["double_backward"](*given, [True] * 4) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# -- The registered operators and the choice of the backend -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "order", ["", *(pytest.param(o, marks=pytest.mark.slow) for o in ("_backward", "_double_backward"))]
+)
+def test_opcheck(order: str) -> None:
+    shapes = ((2, 5, 2, 4), (2, 7, 1, 4), (2, 7, 1, 4))
+    leaves = [draw(*s, seed=i).float().to(DEVICE).requires_grad_() for i, s in enumerate(shapes)]
+    given = (*leaves, numbers(7, 4), None)
+    o, lse = (t.detach() for t in operator.forward(*given, 4, 0.7, 0, backend="reference"))
+    d_o = draw(*shapes[0], seed=3).float().to(DEVICE).requires_grad_()
+    firsts = [draw(*s, seed=4 + i).float().to(DEVICE) for i, s in enumerate(shapes)]
+    backward = (d_o, *given, o, lse, 4, 0.7, 0)
+    samples = {
+        "": (*given, 4, 0.7, 0, "triton"),
+        "_backward": (*backward, [True] * 3, "triton"),
+        "_double_backward": (*firsts, *backward, [True] * 4, "triton"),
+    }[order]
+    if order == "_double_backward":
+        samples = tuple(a.detach() if isinstance(a, Tensor) else a for a in samples)
+    opcheck(getattr(torch.ops.ttt_kernels, f"swa{order}").default, samples)
+
+
+def test_third_order_raises() -> None:
+    leaves = [t.float().requires_grad_() for t in qkv(1, 3, 3, 1, 1, 4)]
+    loss = sliding_window_attention(*leaves, backend="triton").square().sum()
+    for _ in range(2):
+        grads = torch.autograd.grad(loss, leaves, create_graph=True)
+        loss = sum(g.square().sum() for g in grads)
+    with pytest.raises(RuntimeError, match="swa_double_backward"):
+        torch.autograd.grad(loss, leaves)
+
+
+def test_serves_every_order() -> None:
+    assert backends()["triton"]["operators"]["swa"] == ("forward", "backward", "double_backward")
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "message"),
+    [
+        (257, torch.float32, r"head_dim is 257; accepted are up to 256; what can: .*'reference'"),
+        (8, torch.float64, r"dtype torch.float64; accepted are .*; what can: .*'reference'"),
+    ],
+)
+def test_refuses(head_dim: int, dtype: torch.dtype, message: str) -> None:
+    q = torch.zeros(1, 2, 1, head_dim, dtype=dtype, device=DEVICE)
+    with pytest.raises(ValueError, match=message):
+        sliding_window_attention(q, q, q, backend="triton")
+
+
+def test_tensors_of_the_processor_are_interpreted_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.zeros(1, 2, 1, 4)
+    assert operator.select(None, q, q, q) != "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert operator.select("triton", q, q, q) == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match=r"backend 'triton' cannot serve this call: .*GPU.*what can: "):
+        operator.select("triton", q, q, q)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pieces_of_the_head_dimension(dtype: torch.dtype) -> None:
+    """Powers of two from 16 on, padded to no more than the next multiple of 16."""
+    for head_dim in range(1, 257):
+        found = triton_configs.pieces("forward", head_dim, dtype)
+        assert sum(found) == -(-head_dim // 16) * 16
+        assert all(size >= 16 and size & (size - 1) == 0 for size in found)

@@ -1,0 +1,86 @@
+"""The choice of configurations: what is timed, what is remembered, and files that are damaged."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ttt_kernels import tuning
+from ttt_kernels.tuning import Config
+
+FAST, SLOW = (Config((("BQ", size),), 4, 1) for size in (64, 16))
+KEY = ("bfloat16", 64)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A device on which FAST is faster, and an empty cache."""
+    monkeypatch.setenv("TTT_KERNELS_CACHE", str(tmp_path / "new"))
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "_may_time", lambda: True)
+    monkeypatch.setattr(tuning, "_device", lambda: "device")
+    monkeypatch.setattr(tuning, "_time", lambda launch, config: 1.0 if config == FAST else 2.0)
+    return tmp_path / "new" / "device.json"
+
+
+def launched(key: tuple = KEY, configs: tuple[Config, ...] = (SLOW, FAST)) -> Config:
+    found: list[Config] = []
+    tuning.run("kernel", key, configs, found.append)
+    assert len(found) == 1
+    return found[0]
+
+
+def forbid_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(launch: object, config: Config) -> float:
+        raise AssertionError("timed again")
+
+    monkeypatch.setattr(tuning, "_time", fail)
+
+
+def test_the_fastest_is_chosen_once_and_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launched() == FAST
+    forbid_timing(monkeypatch)
+    assert launched() == FAST
+    monkeypatch.setattr(tuning, "_chosen", {})
+    assert launched() == FAST
+    with pytest.raises(AssertionError, match="timed again"):
+        launched(("bfloat16", 128))
+
+
+def test_other_configurations_are_timed_anew(cache: Path) -> None:
+    assert launched() == FAST
+    assert launched(configs=(FAST, SLOW)) == FAST
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"kernel": "no"}', "\x00\x01"])
+def test_a_damaged_file_is_replaced(cache: Path, content: str) -> None:
+    cache.parent.mkdir()
+    cache.write_text(content)
+    assert launched() == FAST
+    assert list(json.loads(cache.read_text()).values()) == [1]
+    assert [p.name for p in cache.parent.iterdir()] == ["device.json"]
+
+
+def test_what_others_have_added_is_kept(cache: Path) -> None:
+    launched()
+    cache.write_text(json.dumps({"another": 0}))
+    launched(("bfloat16", 128))
+    assert json.loads(cache.read_text())["another"] == 0
+
+
+def test_a_folder_that_cannot_be_written(cache: Path) -> None:
+    cache.parent.write_text("a file")
+    assert launched() == FAST
+
+
+def test_the_first_where_nothing_is_timed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_may_time", lambda: False)
+    forbid_timing(monkeypatch)
+    assert launched() == SLOW
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("value", ["1", "0", ""])
+def test_interpreted(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert tuning.interpreted() == (value == "1")

@@ -1,0 +1,140 @@
+"""Compiling Triton kernels ahead of time, without a GPU, and what the machine code looks like."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ttt_kernels.tuning import Config
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Architecture -> bytes of shared memory that a block can have."""
+INSTRUCTIONS = ("UTCHMMA", "UTCQMMA", "HGMMA", "HMMA", "FFMA")
+"""Instructions of matrix products, the fastest first: tensor memory, warp groups, warps, no tensor cores."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """An argument that is known when a kernel is compiled, such as None for a tensor that is missing."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with the types of its arguments, to be compiled with a configuration.
+
+    Attributes:
+        name: the kernel's, with its operator's.
+        variant: what distinguishes it from the kernel's other cases with this configuration.
+        kernel: the `triton.jit` function.
+        arguments: each argument's Triton type ("*bf16", "i32", ...), a tuple of types, or a `Constant`.
+        config: sizes of tiles (constants of the kernel), warps and stages.
+        narrow: whether its products are of 16-bit factors.
+    """
+
+    name: str
+    variant: str
+    kernel: Any
+    arguments: Mapping[str, Any]
+    config: Config
+    narrow: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compiled kernel needs and uses.
+
+    Attributes:
+        registers: of a thread.
+        spilled: bytes of a thread's stack frame, where registers go that do not fit.
+        shared: bytes of shared memory of a block.
+        instructions: how often each of `INSTRUCTIONS` that occurs does.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    instructions: Mapping[str, int]
+
+    def products(self) -> str:
+        """The instructions of its matrix products; every kernel has FFMA for the rest."""
+        tensor = [name for name in self.instructions if name != "FFMA"]
+        return " ".join(tensor or self.instructions) or "none"
+
+    def problems(self, arch: int, narrow: bool) -> list[str]:
+        """What must not be on an architecture (80, 90, 100)."""
+        found = []
+        if self.spilled:
+            found.append(f"{self.spilled} bytes spilled")
+        if self.shared > SHARED_LIMIT[arch]:
+            found.append(f"shared memory beyond {SHARED_LIMIT[arch]}")
+        if arch == 90 and narrow and ("HGMMA" not in self.instructions or "HMMA" in self.instructions):
+            found.append("a product does not use HGMMA")
+        if narrow and set(self.instructions) <= {"FFMA"}:
+            found.append("no tensor cores")
+        if not narrow and set(self.instructions) != {"FFMA"}:
+            found.append("float32 products are not exact")
+        return found
+
+
+def compile_case(case: Case, arch: int) -> Report:
+    """Compiles a case for an architecture (80 is sm_80)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(case.kernel, *_describe(case))
+    options = {"num_warps": case.config.warps, "num_stages": case.config.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return read(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def _describe(case: Case) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """Signature, constants and attributes: addresses and strides are multiples of 16, as usual ones are."""
+    names = case.kernel.arg_names
+    given = {**case.arguments, **{name: Constant(size) for name, size in case.config.sizes}}
+    assert set(given) == set(names), f"{case.name}: {sorted(set(given) ^ set(names))}"
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    aligned = [["tt.divisibility", 16]]
+    for i, name in enumerate(names):
+        kind = given[name]
+        if isinstance(kind, Constant):
+            signature[name] = "constexpr"
+            constants[(i,)] = kind.value
+            continue
+        signature[name] = kind
+        if isinstance(kind, tuple):
+            attributes.update({(i, j): aligned for j in range(len(kind))})
+        elif kind.startswith("*"):
+            attributes[(i,)] = aligned
+    return signature, constants, attributes
+
+
+def read(cubin: bytes, shared: int) -> Report:
+    """The report of machine code that needs `shared` bytes of shared memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage = _cuobjdump("--dump-resource-usage", file)
+        code = _cuobjdump("--dump-sass", file)
+    return parse(usage, code, shared)
+
+
+def parse(usage: str, code: str, shared: int) -> Report:
+    """The report from what cuobjdump prints about resources and instructions."""
+    numbers = {name: max(map(int, re.findall(rf"\b{name}:(\d+)", usage))) for name in ("REG", "STACK")}
+    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
+    return Report(numbers["REG"], numbers["STACK"], shared, {name: n for name, n in counts.items() if n})
+
+
+def _cuobjdump(question: str, file: Path) -> str:
+    from triton import knobs
+
+    tool = knobs.nvidia.cuobjdump.path
+    return subprocess.run([tool, question, str(file)], check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,112 @@
+"""How attention's Triton kernels divide their work: pieces of the head dimension, and sizes of tiles."""
+
+import torch
+
+from ttt_kernels.tuning import Config, interpreted
+
+HEAD_DIM = 256
+"""The largest head dimension."""
+SHARED_HEAD_DIM = 128
+"""The largest of which one program sums gradients of keys and values."""
+
+
+def pieces(kernel: str, head_dim: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Powers of two whose sum is head_dim rounded up to a multiple of 16, the largest first.
+
+    The larger, the fewer instructions; what must be in registers at once limits them: rows of both factors in
+    float32, whose exact products have no tensor cores, and the last step of `along`.
+    """
+    left = -(-head_dim // 16) * 16
+    largest = 16 if dtype == torch.float32 else 64 if kernel == "along" else 128
+    found = []
+    while left:
+        found.append(min(1 << (left.bit_length() - 1), largest))
+        left -= found[-1]
+    return tuple(found)
+
+
+def config(queries: int, keys: int, warps: int, stages: int) -> Config:
+    """Tiles of so many queries and keys."""
+    return Config((("BQ", queries), ("BK", keys)), warps, stages)
+
+
+_INTERPRETED = (config(16, 32, 1, 1),)
+"""Small and not square, so that short sequences have tiles of every kind."""
+
+_NARROW = {
+    "forward": {
+        64: (config(64, 64, 4, 3), config(128, 64, 8, 3)),
+        128: (config(64, 64, 4, 2), config(128, 64, 8, 2)),
+        256: (config(64, 32, 4, 2),),
+    },
+    "backward_queries": {
+        64: (config(64, 64, 4, 3), config(128, 64, 8, 3)),
+        128: (config(64, 64, 4, 2), config(128, 64, 8, 2)),
+        256: (config(64, 32, 4, 1),),
+    },
+    "backward_keys": {
+        64: (config(32, 64, 4, 3), config(32, 128, 8, 3)),
+        128: (config(32, 64, 4, 1), config(16, 64, 4, 3)),
+        256: (config(16, 64, 4, 1),),
+    },
+    "along": {
+        64: (config(64, 32, 4, 2), config(128, 64, 8, 2)),
+        128: (config(64, 32, 4, 1), config(64, 32, 4, 2)),
+        256: (config(64, 16, 4, 1),),
+    },
+    "double_backward_queries": {
+        64: (config(64, 64, 4, 2), config(128, 64, 8, 2)),
+        128: (config(64, 32, 4, 1), config(128, 32, 8, 2)),
+        256: (config(64, 16, 4, 1),),
+    },
+    "double_backward_keys": {
+        64: (config(32, 64, 4, 2), config(32, 128, 8, 2)),
+        128: (config(16, 64, 4, 1), config(32, 64, 4, 1)),
+        256: (config(16, 64, 4, 1),),
+    },
+}
+"""Kernel -> largest head dimension -> configurations for bfloat16 and float16.
+
+A program has 16 rows a warp on the side of its sums: with fewer, Triton 3.6 to 3.9 divides products among warps in two
+ways and moves the sums between them in every step (seen in its intermediate code for sm_90).
+"""
+
+_AMPERE = {
+    "forward": {64: (config(64, 64, 4, 3),), 128: (config(64, 32, 4, 2),), 256: (config(64, 16, 8, 2),)},
+    "backward_queries": {
+        64: (config(64, 32, 4, 2),),
+        128: (config(64, 32, 8, 2),),
+        256: (config(32, 32, 8, 1),),
+    },
+    "backward_keys": {
+        64: (config(32, 64, 4, 2),),
+        128: (config(32, 64, 8, 1),),
+        256: (config(16, 32, 8, 1),),
+    },
+    "along": {64: (config(64, 32, 4, 2),), 128: (config(64, 32, 8, 1),), 256: (config(32, 16, 8, 1),)},
+    "double_backward_queries": {
+        64: (config(64, 32, 4, 1),),
+        128: (config(64, 32, 8, 1),),
+        256: (config(32, 16, 8, 1),),
+    },
+    "double_backward_keys": {
+        64: (config(32, 64, 8, 1),),
+        128: (config(16, 64, 8, 1),),
+        256: (config(16, 32, 8, 1),),
+    },
+}
+"""As `_NARROW`, for devices before Hopper, where factors of products are in registers."""
+
+_WIDE = {name: {HEAD_DIM: (config(16, 16, 4, 1),)} for name in _NARROW}
+"""As `_NARROW`, for float32."""
+
+
+def configs(kernel: str, head_dim: int, dtype: torch.dtype, capability: int) -> tuple[Config, ...]:
+    """The configurations of a kernel, the safest first; in interpreter mode a small one.
+
+    `capability` is the device's, as in sm_80.
+    """
+    if interpreted():
+        return _INTERPRETED
+    table = _WIDE if dtype == torch.float32 else _NARROW if capability >= 90 else _AMPERE
+    return next(found for largest, found in table[kernel].items() if head_dim <= largest)

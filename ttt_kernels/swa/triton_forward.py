@@ -1,0 +1,72 @@
+"""Attention's forward in Triton: a program per block of queries and head, softmax online over the keys."""
+
+import triton
+import triton.language as tl
+
+from ttt_kernels.swa.triton_tiles import (
+    LN2,
+    LOG2E,
+    add_product,
+    head_of,
+    load_block,
+    load_rows,
+    product_t,
+    scaled,
+    store_rows,
+    store_statistic,
+    zero_rows,
+)
+from ttt_kernels.swa.triton_visible import key_range, lowest_key, query_block, seen, tile_start, tiles
+
+_NONE = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def _tile(
+    b_acc, b_max, b_sum, b_q, x_k, x_v, i, j, p_first, low, Tq, Tk, window, scale,
+    BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys [j, j + BK): b_acc and b_sum are relative to 2 ** b_max."""
+    b_s = product_t(b_q, load_rows(x_k, j, low, Tk, BK, D, PIECES, EDGE))
+    if EDGE:
+        b_i = (i + tl.arange(0, BQ))[:, None]
+        b_s = tl.where(seen(b_i, (j + tl.arange(0, BK))[None, :], p_first, low, Tq, Tk, window), b_s, _NONE)
+    b_top = tl.maximum(b_max, tl.max(b_s, 1) * (scale * LOG2E))
+    b_zero = b_top
+    if EDGE:
+        # A row that has seen no key yet has nothing to be relative to.
+        b_zero = tl.where(b_top == _NONE, 0.0, b_top)
+    b_p = tl.exp2(b_s * (scale * LOG2E) - b_zero[:, None])
+    b_decay = tl.exp2(b_max - b_zero)
+    b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+    b_v = load_rows(x_v, j, low, Tk, BK, D, PIECES, EDGE)
+    return add_product(scaled(b_acc, b_decay[:, None]), b_p, b_v), b_top, b_sum
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "window"])
+def attention(
+    t_q, t_k, t_v, t_o, p_lse, p_lengths, p_first, scale, Tq, Tk, window, heads, group,
+    BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """O and lse; `scale` is positive."""
+    sequence, head, i = query_block(heads, Tq, BQ)
+    low = lowest_key(p_lengths, sequence, Tk)
+    x_k = head_of(t_k, sequence, head // group)
+    x_v = head_of(t_v, sequence, head // group)
+    b_q = load_block(head_of(t_q, sequence, head), i, 0, Tq, BQ, D, PIECES)
+    span = key_range(i, p_first, low, Tq, Tk, window, BQ, BK)
+    b_acc = zero_rows(BQ, PIECES)
+    b_max = tl.full((BQ,), _NONE, tl.float32)
+    b_sum = tl.zeros((BQ,), tl.float32)
+    for EDGE in tl.static_range(2):
+        for index in tl.range(tiles(span, BK, EDGE), disable_licm=True):
+            b_acc, b_max, b_sum = _tile(
+                b_acc, b_max, b_sum, b_q, x_k, x_v, i, tile_start(span, index, BK, EDGE), p_first, low,
+                Tq, Tk, window, scale, BQ, BK, D, PIECES, EDGE,
+            )  # fmt: skip
+    m_none = b_sum == 0
+    b_sum = tl.where(m_none, 1.0, b_sum)
+    store_rows(head_of(t_o, sequence, head), scaled(b_acc, (1 / b_sum)[:, None]), i, Tq, BQ, D, PIECES)
+    b_lse = tl.where(m_none, _NONE, (b_max + tl.log2(b_sum)) * LN2)
+    p_row = p_lse + (sequence * heads + head).to(tl.int64) * Tq
+    store_statistic(p_row, b_lse, i, Tq, BQ)

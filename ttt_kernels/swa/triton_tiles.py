@@ -1,0 +1,221 @@
+"""Tiles of rows in Triton kernels: how they are loaded, multiplied and stored.
+
+Names in kernels: `t_` a tensor with its strides, `x_` one head of it (address of its first row, stride of the
+rows), `p_` an address, `b_` the values of a block, `m_` a mask; `BQ` and `BK` the queries and keys of a tile; `D`
+the head dimension and `PIECES` the powers of two that it is divided into, because blocks have no other sizes:
+80 = 64 + 16. Rows of D values are tuples with a block of values for each piece.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+"""Whether kernels are interpreted on the processor (TRITON_INTERPRET=1)."""
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.constexpr_function
+def column(pieces, i):
+    """The column at which piece i begins."""
+    return sum(pieces[:i])
+
+
+@triton.constexpr_function
+def size(pieces, i):
+    """The columns of piece i."""
+    return pieces[i]
+
+
+@triton.jit
+def head_of(t, sequence, head):
+    """One head of a sequence: the address of its first row and the stride of its rows."""
+    return t[0] + sequence.to(tl.int64) * t[1] + head.to(tl.int64) * t[3], t[2]
+
+
+@triton.jit
+def head_from(t, sequence, head, start):
+    """`head_of` a tensor whose first row counts as row `start`; None for a tensor that is missing."""
+    if t is None:
+        return None
+    else:
+        p_first, stride = head_of(t, sequence, head)
+        return p_first - tl.cast(start, tl.int64) * stride, stride
+
+
+@triton.jit
+def row_or_none(p_x, row):
+    """The address of a row of statistics that may be missing."""
+    if p_x is None:
+        return None
+    else:
+        return p_x + row
+
+
+@triton.jit
+def _row_addresses(x, start, ROWS: tl.constexpr):
+    # Only the step to the tile can be beyond 32 bits; within a tile, the launch sees to it.
+    return x[0] + tl.cast(start, tl.int64) * x[1] + (tl.arange(0, ROWS) * x[1])[:, None]
+
+
+@triton.jit
+def load_piece(
+    x, start, low, high, i: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Piece i of rows [start, start + ROWS); where MASKED, zeros for those outside [low, high)."""
+    b_column = column(PIECES, i) + tl.arange(0, size(PIECES, i))
+    p_piece = _row_addresses(x, start, ROWS) + b_column[None, :]
+    b_row = start + tl.arange(0, ROWS)
+    m_row = ((b_row >= low) & (b_row < high))[:, None]
+    if column(PIECES, i + 1) > D:
+        m_column = (b_column < D)[None, :]
+        if MASKED:
+            m_column = m_column & m_row
+        return tl.load(p_piece, mask=m_column, other=0.0)
+    elif MASKED:
+        return tl.load(p_piece, mask=m_row, other=0.0)
+    else:
+        return tl.load(p_piece)
+
+
+@triton.jit
+def load_rows(
+    x, start, low, high, ROWS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, MASKED: tl.constexpr
+):
+    """Rows [start, start + ROWS) in pieces; where MASKED, zeros for those outside [low, high)."""
+    b_x = ()
+    for i in tl.static_range(len(PIECES)):
+        b_x = b_x + (load_piece(x, start, low, high, i, ROWS, D, PIECES, MASKED),)
+    return b_x
+
+
+@triton.jit
+def settle():
+    """Keeps the compiler from beginning later loads before what it has loaded is used or in shared memory.
+
+    Several whole tensors at once overflow the registers (measured on sm_90 with rows of 128: 344 bytes spilled).
+    """
+    if not INTERPRETED:
+        tl.debug_barrier()
+
+
+@triton.jit
+def load_block(x, start, low, high, ROWS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr):
+    """The rows that a program keeps: `load_rows`, masked, one tensor at a time."""
+    b_x = load_rows(x, start, low, high, ROWS, D, PIECES, True)
+    settle()
+    return b_x
+
+
+@triton.jit
+def store_piece(
+    x, b_piece, start, high, i: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr
+):
+    """Stores piece i of float32 rows [start, start + ROWS) that are below `high` in the tensor's dtype."""
+    b_column = column(PIECES, i) + tl.arange(0, size(PIECES, i))
+    p_piece = _row_addresses(x, start, ROWS) + b_column[None, :]
+    m_piece = ((start + tl.arange(0, ROWS)) < high)[:, None]
+    if column(PIECES, i + 1) > D:
+        m_piece = m_piece & (b_column < D)[None, :]
+    tl.store(p_piece, narrow(b_piece, x[0].dtype.element_ty), mask=m_piece)
+
+
+@triton.jit
+def store_rows(x, b_x, start, high, ROWS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr):
+    """Stores float32 rows [start, start + ROWS) that are below `high` in the tensor's dtype."""
+    for i in tl.static_range(len(PIECES)):
+        store_piece(x, b_x[i], start, high, i, ROWS, D, PIECES)
+
+
+@triton.jit
+def load_statistic(p_x, start, high, other, ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """Numbers [start, start + ROWS) of a vector; where MASKED, `other` for those from `high` on."""
+    # Relative to one address, those of a thread's numbers are constants of the instructions, not registers.
+    p_first = p_x + start
+    b_row = tl.arange(0, ROWS)
+    if MASKED:
+        return tl.load(p_first + b_row, mask=b_row < high - start, other=other)
+    return tl.load(p_first + b_row)
+
+
+@triton.jit
+def store_statistic(p_x, b_x, start, high, ROWS: tl.constexpr):
+    """Stores the numbers [start, start + ROWS) of a vector that are below `high`."""
+    b_row = start + tl.arange(0, ROWS)
+    tl.store(p_x + b_row, b_x, mask=b_row < high)
+
+
+@triton.jit
+def narrow(b_x, dtype: tl.constexpr):
+    """float32 values rounded to the nearest of `dtype`."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        # The interpreter of Triton 3.6 to 3.9 cuts the low half off instead.
+        b_bits = b_x.to(tl.uint32, bitcast=True)
+        b_bits = b_bits + 0x7FFF + ((b_bits >> 16) & 1)
+        return (b_bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return b_x.to(dtype)
+
+
+@triton.jit
+def _dot(b_x, b_y, b_sum):
+    """b_sum + b_x @ b_y in float32, never tf32."""
+    if INTERPRETED:
+        # The interpreter multiplies the bits of bfloat16 as integers.
+        b_x = b_x.to(tl.float32)
+        b_y = b_y.to(tl.float32)
+    elif b_x.dtype == tl.float32:
+        # Without tensor cores, the rows of several products at once would be in registers.
+        tl.debug_barrier()
+    return tl.dot(b_x, b_y, b_sum, input_precision="ieee")
+
+
+@triton.jit
+def product_t(b_x, b_y):
+    """X Y^T of rows in pieces, float32."""
+    b_sum = tl.zeros((b_x[0].shape[0], b_y[0].shape[0]), tl.float32)
+    for i in tl.static_range(len(b_x)):
+        b_sum = _dot(b_x[i], tl.trans(b_y[i]), b_sum)
+    return b_sum
+
+
+@triton.jit
+def add_product_t(b_sum, b_x, b_y):
+    """b_sum + X Y^T of rows in pieces."""
+    for i in tl.static_range(len(b_x)):
+        b_sum = _dot(b_x[i], tl.trans(b_y[i]), b_sum)
+    return b_sum
+
+
+@triton.jit
+def add_product(b_sum, b_w, b_x):
+    """Rows b_sum + W X in pieces, W rounded to X's dtype for the product."""
+    b_w = narrow(b_w, b_x[0].dtype)
+    b_out = ()
+    for i in tl.static_range(len(b_x)):
+        b_out = b_out + (_dot(b_w, b_x[i], b_sum[i]),)
+    return b_out
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, PIECES: tl.constexpr):
+    """Rows of float32 zeros in pieces."""
+    b_x = ()
+    for i in tl.static_range(len(PIECES)):
+        b_x = b_x + (tl.zeros((ROWS, size(PIECES, i)), tl.float32),)
+    return b_x
+
+
+@triton.jit
+def scaled(b_x, b_factor):
+    """Rows in pieces times a factor, or times one factor a row (ROWS, 1)."""
+    b_out = ()
+    for i in tl.static_range(len(b_x)):
+        b_out = b_out + (b_x[i] * b_factor,)
+    return b_out
+
+
+@triton.jit
+def row_sum(b_x, b_y):
+    """rowsum(X * Y) of one piece, float32 (ROWS,)."""
+    return tl.sum(b_x.to(tl.float32) * b_y.to(tl.float32), 1)

@@ -1,0 +1,109 @@
+"""Which tiles a block of attention visits: nothing outside the window, and masks only at its edges.
+
+A query i sees the keys from `first_key(i)` to its own position i + Tk - Tq; neither falls along the queries. So
+the keys that a block of queries sees are one range, in whose middle every query of the block sees every key, and the
+queries that see a block of keys likewise. A range is (begin, full, full_end, left, edges): tiles from `full` to
+`full_end` need no mask, and of the `edges` tiles that do, `left` begin at `begin` and the others at `full_end`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def query_block(heads, Tq, BQ: tl.constexpr):
+    """Sequence, head and first query of this program; late queries, which see the most keys, first."""
+    blocks = tl.cdiv(Tq, BQ)
+    index = tl.program_id(0)
+    head = index // blocks
+    return head // heads, head % heads, (blocks - 1 - index % blocks) * BQ
+
+
+@triton.jit
+def key_block(kv_heads, key_start, Tk, BK: tl.constexpr):
+    """Sequence, head of keys and first key of this program, of the keys from key_start on."""
+    blocks = tl.cdiv(Tk - key_start, BK)
+    index = tl.program_id(0)
+    head = index // blocks
+    return head // kv_heads, head % kv_heads, key_start + index % blocks * BK
+
+
+@triton.jit
+def lowest_key(p_lengths, sequence, Tk):
+    """The first valid key of a sequence."""
+    low = 0
+    if p_lengths is not None:
+        low = Tk - tl.load(p_lengths + sequence).to(tl.int32)
+    return low
+
+
+@triton.jit
+def first_key(b_i, p_first, low, Tq, Tk, window):
+    """The first key that queries see; `p_first` holds it for packed sequences."""
+    b_first = tl.maximum(b_i + (Tk - Tq + 1) - window, low)
+    if p_first is not None:
+        b_first = tl.maximum(b_first, tl.load(p_first + b_i, mask=b_i < Tq, other=0))
+    return b_first
+
+
+@triton.jit
+def _end_query(j, p_end, Tq, Tk, window):
+    """One past the last query that sees key j; `p_end` holds it for packed sequences."""
+    end = tl.minimum(j + window - (Tk - Tq), Tq)
+    if p_end is not None:
+        end = tl.minimum(end, tl.load(p_end + j))
+    return end
+
+
+@triton.jit
+def key_range(i, p_first, low, Tq, Tk, window, BQ: tl.constexpr, BK: tl.constexpr):
+    """The range of the keys that the queries [i, i + BQ) see."""
+    last = tl.minimum(i + BQ, Tq) - 1
+    end = last + (Tk - Tq) + 1
+    begin = tl.minimum(first_key(i, p_first, low, Tq, Tk, window) // BK * BK, end)
+    full = tl.minimum(tl.cdiv(first_key(last, p_first, low, Tq, Tk, window), BK) * BK, end)
+    full_end = tl.maximum((i + (Tk - Tq) + 1) // BK * BK, full)
+    left = tl.cdiv(full - begin, BK)
+    return begin, full, full_end, left, left + tl.cdiv(end - full_end, BK)
+
+
+@triton.jit
+def query_range(j, p_end, low, Tq, Tk, window, BQ: tl.constexpr, BK: tl.constexpr):
+    """The range of the queries that see the keys [j, j + BK)."""
+    last = tl.minimum(j + BK, Tk) - 1
+    begin = tl.maximum(j - (Tk - Tq), 0) // BQ * BQ
+    end = tl.maximum(_end_query(last, p_end, Tq, Tk, window), begin)
+    end = tl.where(last < low, begin, end)
+    full = tl.minimum(tl.cdiv(tl.maximum(last - (Tk - Tq), 0), BQ) * BQ, end)
+    full_end = tl.maximum(_end_query(j, p_end, Tq, Tk, window) // BQ * BQ, full)
+    full_end = tl.where(j < low, full, full_end)
+    left = tl.cdiv(full - begin, BQ)
+    return begin, full, full_end, left, left + tl.cdiv(end - full_end, BQ)
+
+
+@triton.jit
+def tiles(span, SIZE: tl.constexpr, EDGE: tl.constexpr):
+    """How many tiles at the edges of a range, or in its middle."""
+    if EDGE:
+        return span[4]
+    return (span[2] - span[1]) // SIZE
+
+
+@triton.jit
+def tile_start(span, index, SIZE: tl.constexpr, EDGE: tl.constexpr):
+    """Where a tile at the edges of a range, or in its middle, begins."""
+    if EDGE:
+        return tl.where(index < span[3], span[0] + index * SIZE, span[2] + (index - span[3]) * SIZE)
+    return span[1] + index * SIZE
+
+
+@triton.jit
+def seen(b_i, b_j, p_first, low, Tq, Tk, window):
+    """Whether queries see keys, for indices of shapes such as (BQ, 1) and (1, BK)."""
+    # One comparison without sign says that a key is neither after the query nor before its window. Keys that are
+    # not valid are moved behind every query.
+    b_age = b_i + (Tk - Tq) - tl.where(b_j < low, Tk, b_j)
+    m_seen = b_age.to(tl.uint32, bitcast=True) < window.to(tl.uint32)
+    if p_first is not None:
+        m_seen = m_seen & (b_j >= tl.load(p_first + b_i, mask=b_i < Tq, other=0))
+    return m_seen

@@ -1,0 +1,134 @@
+"""Configurations of Triton kernels: which there are, and which is fastest on this device.
+
+A kernel is timed once for each key (dtype, head dimension and the like; never a length) and the answer is kept in
+a file for each kind of device, under TTT_KERNELS_CACHE or ~/.cache/ttt_kernels. With deterministic algorithms
+(`torch.use_deterministic_algorithms`), in a CUDA graph's capture and in interpreter mode nothing is timed.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_ENVIRONMENT = "TTT_KERNELS_CACHE"
+_chosen: dict[str, dict[str, int]] = {}
+"""Device -> key of a choice -> index of the configuration."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes of a kernel by name, warps of a program and stages of its loads."""
+
+    sizes: tuple[tuple[str, int], ...]
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of a kernel's launch."""
+        return {**dict(self.sizes), "num_warps": self.warps, "num_stages": self.stages}
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{name}={value}" for name, value in self.sizes)
+        return f"{sizes} warps={self.warps} stages={self.stages}"
+
+
+Launch = Callable[[Config], Any]
+
+
+def run(kernel: str, key: Sequence[object], configs: Sequence[Config], launch: Launch) -> None:
+    """Launches a kernel with the best of its configurations for the current device.
+
+    Args:
+        kernel: its name.
+        key: everything that the best configuration depends on.
+        configs: what to choose from, the safest first; it is taken wherever nothing can be timed.
+        launch: runs the kernel; it may run many times, and writes the same results each time.
+    """
+    if len(configs) == 1 or not _may_time():
+        return launch(configs[0])
+    device = _device()
+    choices = _chosen.setdefault(device, _read(device))
+    name = " ".join([kernel, *map(str, key), *(f"[{c}]" for c in configs)])
+    index = choices.get(name)
+    if index is None or index >= len(configs):
+        times = [_time(launch, config) for config in configs]
+        choices[name] = index = times.index(min(times))
+        _write(device, choices)
+    return launch(configs[index])
+
+
+def _may_time() -> bool:
+    return (
+        torch.cuda.is_available()
+        and not interpreted()
+        and not torch.are_deterministic_algorithms_enabled()
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the processor."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """Compute capability of a device, as in sm_80; 0 for the processor."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _time(launch: Launch, config: Config) -> float:
+    """Milliseconds of a launch, or infinity where the device lacks the memory or registers for it."""
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    try:
+        return do_bench(lambda: launch(config), warmup=5, rep=20, return_mode="median")
+    except OutOfResources:
+        return float("inf")
+
+
+def _device() -> str:
+    """The kind of the current device and Triton's version, on which a choice depends."""
+    import triton
+
+    name = torch.cuda.get_device_name().replace("/", "-").replace(" ", "-")
+    return f"{name}-triton-{triton.__version__}"
+
+
+def _file(device: str) -> Path:
+    folder = os.environ.get(_ENVIRONMENT) or Path.home() / ".cache" / "ttt_kernels"
+    return Path(folder) / f"{device}.json"
+
+
+def _read(device: str) -> dict[str, int]:
+    """Choices made before; none where the file is missing or damaged."""
+    try:
+        found = json.loads(_file(device).read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {name: i for name, i in found.items() if type(i) is int and i >= 0}
+
+
+def _write(device: str, choices: dict[str, int]) -> None:
+    """Replaces the file at once, with what other processes have added since; without it if it cannot be written."""
+    path = _file(device)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(handle, "w") as file:
+            json.dump({**_read(device), **choices}, file, indent=1, sort_keys=True)
+        os.replace(temporary, path)
+    except OSError:
+        pass
