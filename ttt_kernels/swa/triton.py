@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from ttt_kernels.backends import refuse_on_triton
-from ttt_kernels.swa.triton_configs import HEAD_DIM, SHARED_HEAD_DIM
+from ttt_kernels.swa import reference
+from ttt_kernels.swa.triton_configs import FLOAT32_HEAD_DIM, HEAD_DIM, sums_both
+from ttt_kernels.tuning import interpreted
 
 
 def refuse(tensors: tuple[Tensor, ...]) -> str | None:
@@ -18,9 +20,14 @@ def refuse(tensors: tuple[Tensor, ...]) -> str | None:
     return refuse_on_triton(tensors)
 
 
-def _launches(of_keys: Any, of_values: Any, head_dim: int) -> list[tuple[Any, Any]]:
+def _too_wide(order: str, q: Tensor) -> bool:
+    """Whether the formulas serve an order of such heads."""
+    return q.dtype == torch.float32 and q.shape[3] > FLOAT32_HEAD_DIM[order] and not interpreted()
+
+
+def _launches(of_keys: Any, of_values: Any, q: Tensor) -> list[tuple[Any, Any]]:
     """Which results a launch sums: of keys and values together, unless registers do not hold both."""
-    if head_dim <= SHARED_HEAD_DIM:
+    if sums_both(q.shape[3], q.dtype):
         return [(of_keys, of_values)] if of_keys or of_values else []
     return [pair for pair in ((of_keys, None), (None, of_values)) if any(pair)]
 
@@ -71,6 +78,10 @@ def backward(
     from ttt_kernels.swa import triton_backward
     from ttt_kernels.swa.triton_launch import Call, located, located_or_none
 
+    if _too_wide("backward", q):
+        return reference.backward(
+            d_o, q, k, v, key_lengths, cu_seqlens, o, lse, window, scale, key_start, needs
+        )
     b, tk, kv_heads, d = k.shape
     shape = (b, tk - key_start, kv_heads, d)
     if q.numel() == 0:
@@ -93,7 +104,7 @@ def backward(
             p_delta=delta,
         )  # fmt: skip
     if tk > key_start:
-        for t_dk, t_dv in _launches(located_or_none(dk), located_or_none(dv), d):
+        for t_dk, t_dv in _launches(located_or_none(dk), located_or_none(dv), q):
             call.by_keys(
                 "backward_keys", triton_backward.keys, tk - key_start,
                 t_q=x_q, t_k=x_k, t_v=x_v, t_do=x_do, t_dk=t_dk, t_dv=t_dv, p_lse=lse,
@@ -123,6 +134,10 @@ def double_backward(
     from ttt_kernels.swa import triton_double_backward
     from ttt_kernels.swa.triton_launch import Call, located, located_or_none
 
+    if _too_wide("double_backward", q):
+        return reference.double_backward(
+            g_q, g_k, g_v, d_o, q, k, v, key_lengths, cu_seqlens, o, lse, window, scale, key_start, needs
+        )
     g_k, g_v = (None if g is None or g.shape[1] == 0 else g for g in (g_k, g_v))
     if q.numel() == 0 or (g_q is None and g_k is None and g_v is None):
         likes = zip((d_o, q, k, v), needs, strict=True)
@@ -150,7 +165,7 @@ def double_backward(
             "double_backward_queries", triton_double_backward.queries,
             **shared, t_qbar=located(qbar), SHIFTED=shifted,
         )  # fmt: skip
-    for t_kbar, t_vbar in _launches(located_or_none(kbar), located_or_none(vbar), k.shape[3]):
+    for t_kbar, t_vbar in _launches(located_or_none(kbar), located_or_none(vbar), q):
         call.by_keys(
             "double_backward_keys", triton_double_backward.keys, k.shape[1],
             **shared, t_kbar=t_kbar, t_vbar=t_vbar,

@@ -6,7 +6,7 @@ import torch
 
 from ttt_kernels.aot import Case, Constant
 from ttt_kernels.swa import triton_backward, triton_double_backward, triton_forward
-from ttt_kernels.swa.triton_configs import SHARED_HEAD_DIM, configs, pieces
+from ttt_kernels.swa.triton_configs import FLOAT32_HEAD_DIM, configs, pieces, sums_both
 
 _KERNELS = {
     "forward": triton_forward.attention,
@@ -38,10 +38,10 @@ def _arguments(name: str, kernel: Any, dtype: torch.dtype, head_dim: int, packed
     return {**found, "scale": "fp32", **given}
 
 
-def _results(name: str, arguments: dict[str, Any], head_dim: int) -> list[dict[str, Any]]:
+def _results(arguments: dict[str, Any], dtype: torch.dtype, head_dim: int) -> list[dict[str, Any]]:
     """The results of a launch: all, or one by one where registers do not hold sums of both."""
     sums = [argument for argument in arguments if argument in ("t_dk", "t_dv", "t_kbar", "t_vbar")]
-    if not sums or head_dim <= SHARED_HEAD_DIM:
+    if not sums or sums_both(head_dim, dtype):
         return [arguments]
     return [{**arguments, missing: Constant(None)} for missing in sums]
 
@@ -52,13 +52,16 @@ def cases(arch: int) -> list[Case]:
     special = [(torch.float16, 64, False), (torch.bfloat16, 64, True)]
     found = []
     for name, kernel in _KERNELS.items():
+        order = name.removesuffix("_keys").removesuffix("_queries").replace("along", "double_backward")
         for dtype, head_dim, packed in plain + special:
+            if dtype == torch.float32 and head_dim > FLOAT32_HEAD_DIM[order]:
+                continue
             everything = _arguments(name, kernel, dtype, head_dim, packed)
             variant = f"{_TYPES[dtype]} {head_dim}{' packed' if packed else ''}"
             choices = configs(name, head_dim, dtype, arch)
             for config in choices if (dtype, head_dim, packed) in plain else choices[:1]:
                 found += [
                     Case(f"swa.{name}", variant, kernel, arguments, config, dtype != torch.float32)
-                    for arguments in _results(name, everything, head_dim)
+                    for arguments in _results(everything, dtype, head_dim)
                 ]
     return found

@@ -8,21 +8,31 @@ HEAD_DIM = 256
 """The largest head dimension."""
 SHARED_HEAD_DIM = 128
 """The largest of which one program sums gradients of keys and values."""
+FLOAT32_HEAD_DIM = {"forward": HEAD_DIM, "backward": 128, "double_backward": 64}
+"""Order -> the largest in float32, whose exact products hold rows of both factors in registers; the formulas of
+the reference, whose products are the device's own, serve wider heads."""
 
 
 def pieces(kernel: str, head_dim: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Powers of two whose sum is head_dim rounded up to a multiple of 16, the largest first.
 
     The larger, the fewer instructions; what must be in registers at once limits them: rows of both factors in
-    float32, whose exact products have no tensor cores, and the last step of `along`.
+    float32, whose exact products have no tensor cores, the last step of `along`, and sums of wide heads.
     """
     left = -(-head_dim // 16) * 16
-    largest = 16 if dtype == torch.float32 else 64 if kernel == "along" else 128
+    largest = 64 if kernel == "along" or head_dim > SHARED_HEAD_DIM else 128
+    if dtype == torch.float32 or (kernel == "along" and head_dim > SHARED_HEAD_DIM):
+        largest = 16
     found = []
     while left:
         found.append(min(1 << (left.bit_length() - 1), largest))
         left -= found[-1]
     return tuple(found)
+
+
+def sums_both(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether registers hold sums of gradients of keys and of values at once."""
+    return head_dim <= SHARED_HEAD_DIM and dtype != torch.float32
 
 
 def config(queries: int, keys: int, warps: int, stages: int) -> Config:
@@ -86,12 +96,12 @@ _AMPERE = {
     "along": {64: (config(64, 32, 4, 2),), 128: (config(64, 32, 8, 1),), 256: (config(32, 16, 8, 1),)},
     "double_backward_queries": {
         64: (config(64, 32, 4, 1),),
-        128: (config(64, 32, 8, 1),),
+        128: (config(32, 32, 8, 1),),
         256: (config(32, 16, 8, 1),),
     },
     "double_backward_keys": {
         64: (config(32, 64, 8, 1),),
-        128: (config(16, 64, 8, 1),),
+        128: (config(16, 32, 8, 1),),
         256: (config(16, 32, 8, 1),),
     },
 }
