@@ -58,7 +58,8 @@ def compile_kernels(*given: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("kernel", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
 def test_kernels_compile_for_every_architecture(kernel: str) -> None:
     done = compile_kernels("--kernel", kernel, "--variant", "fp16")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -68,6 +69,7 @@ def test_kernels_compile_for_every_architecture(kernel: str) -> None:
         assert all(row[-1] == instruction for row in rows), done.stdout
 
 
+@pytest.mark.slow
 def test_every_kernel_is_listed() -> None:
     code = "from ttt_kernels.swa.triton_aot import cases; print(*{c.name for c in cases(90)})"
     done = subprocess.run(
