@@ -121,6 +121,19 @@ def test_listed_orders_are_the_backends_own(name: str, order: str, used: list[tu
 
 
 @needs_cpu
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_every_order_runs_once(name: str, used: list[tuple[str, str, str]]) -> None:
+    """Where the cotangents are constants, the second derivative does not come by the first pass again."""
+    with use_backend("cpu"):
+        out, inputs = CALLS[name]()
+        cotangent = draw(*out.shape, seed=5).float()
+        grads = torch.autograd.grad(out, inputs, cotangent, create_graph=True)
+        if "double_backward" in OPERATORS[name].orders("reference"):
+            torch.autograd.grad(sum(g.square().sum() for g in grads), inputs, allow_unused=True)
+    assert len(used) == len(set(used)) == len(OPERATORS[name].orders("reference"))
+
+
+@needs_cpu
 def test_an_order_without_kernel_is_the_reference_formula(used: list[tuple[str, str, str]]) -> None:
     assert "double_backward" not in backends()["cpu"]["operators"]["rms_norm"]
     with use_backend("cpu"):
@@ -163,7 +176,7 @@ def test_a_missing_extension_is_explained(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ValueError, match="backend 'cpu' cannot serve this call: no compiler was found"):
         rms_norm(torch.ones(2, 4), torch.ones(4), backend="cpu")
     with (
-        pytest.raises(ValueError, match="no compiler was found; available here: reference"),
+        pytest.raises(ValueError, match="no compiler was found; available here: .*reference"),
         use_backend("cpu"),
     ):
         pass

@@ -261,6 +261,9 @@ class Operator:
 
         def formula(ctx: Any, *d_all: Any) -> tuple[Any, ...]:
             values = _restore(ctx)
+            if not _any_given(d_all[:n_out]):
+                # Autograd comes by here on its way from `backward`, which was given kept outputs.
+                return tuple(_nones(values[:n_in]) + [None] * (n_par + 1))
             d_outputs = [_filled(d, like) for d, like in zip(d_all[:n_out], ctx.like, strict=True)]
             needs = [_any(ctx.needs_input_grad[i]) for i in self._diff_index]
             arguments = (*d_outputs, *values, *ctx.params, needs)
@@ -286,6 +289,8 @@ class Operator:
             values = _restore(ctx)
             # A result that nobody wanted is an empty tensor, and so is its cotangent.
             given = [g if want else None for g, want in zip(g_inputs, ctx.wanted, strict=True)]
+            if not _any_given(given):
+                return tuple(_nones(values) + [None] * (n_par + 2))
             cotangents = [
                 _list_filled(g, values[n_out + i]) for g, i in zip(given, self._diff_index, strict=True)
             ]
@@ -319,6 +324,11 @@ def _plain_tensors(tensors: Sequence[Tensor]) -> bool:
 
 def _any(needs: Any) -> bool:
     return any(needs) if isinstance(needs, list | tuple) else bool(needs)
+
+
+def _any_given(cotangents: Sequence[Any]) -> bool:
+    """Whether any cotangent, those in lists included, is not None, which is zero."""
+    return any(c is not None for g in cotangents for c in (g if isinstance(g, list | tuple) else (g,)))
 
 
 def _save(ctx: Any, values: Sequence[Any]) -> None:
