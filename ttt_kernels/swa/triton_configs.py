@@ -21,7 +21,9 @@ def pieces(kernel: str, head_dim: int, dtype: torch.dtype) -> tuple[int, ...]:
     """
     left = -(-head_dim // 16) * 16
     largest = 64 if kernel == "along" or head_dim > SHARED_HEAD_DIM else 128
-    if dtype == torch.float32 or (kernel == "along" and head_dim > SHARED_HEAD_DIM):
+    if kernel == "along" and head_dim > SHARED_HEAD_DIM:
+        largest = 32
+    if dtype == torch.float32:
         largest = 16
     found = []
     while left:
