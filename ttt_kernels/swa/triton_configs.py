@@ -57,7 +57,7 @@ _NARROW = {
         256: (config(64, 32, 4, 1),),
     },
     "backward_keys": {
-        64: (config(32, 64, 4, 3), config(32, 128, 8, 3)),
+        64: (config(32, 64, 4, 2), config(32, 128, 8, 2)),
         128: (config(32, 64, 4, 1), config(16, 64, 4, 3)),
         256: (config(16, 64, 4, 1),),
     },
@@ -72,8 +72,8 @@ _NARROW = {
         256: (config(64, 16, 4, 1),),
     },
     "double_backward_keys": {
-        64: (config(32, 64, 4, 2), config(32, 128, 8, 2)),
-        128: (config(16, 64, 4, 1), config(32, 64, 4, 1)),
+        64: (config(32, 64, 4, 1), config(16, 64, 4, 2)),
+        128: (config(16, 64, 4, 1),),
         256: (config(16, 64, 4, 1),),
     },
 }
@@ -84,7 +84,7 @@ ways and moves the sums between them in every step (seen in its intermediate cod
 """
 
 _AMPERE = {
-    "forward": {64: (config(64, 64, 4, 3),), 128: (config(64, 32, 4, 2),), 256: (config(64, 16, 8, 2),)},
+    "forward": {64: (config(64, 64, 4, 3),), 128: (config(64, 32, 4, 2),), 256: (config(64, 32, 8, 1),)},
     "backward_queries": {
         64: (config(64, 32, 4, 2),),
         128: (config(64, 32, 8, 2),),
@@ -95,7 +95,7 @@ _AMPERE = {
         128: (config(32, 64, 8, 1),),
         256: (config(16, 32, 8, 1),),
     },
-    "along": {64: (config(64, 32, 4, 2),), 128: (config(64, 32, 8, 1),), 256: (config(32, 16, 8, 1),)},
+    "along": {64: (config(64, 32, 8, 2),), 128: (config(64, 32, 8, 1),), 256: (config(32, 16, 8, 1),)},
     "double_backward_queries": {
         64: (config(64, 32, 4, 1),),
         128: (config(32, 32, 8, 1),),

@@ -104,23 +104,27 @@ def along(
                 low, Tq, Tk, window, key_start, scale, BQ, BK, D, PIECES, EDGE, SHIFTED, SUM,
             )  # fmt: skip
     store_statistic(p_r + row, b_r, i, Tq, BQ)
-    if SUM:
-        # Piece by piece: three tensors at once would overflow the registers.
+    # Piece by piece and one result after the other: more at once would overflow the registers.
+    if t_dobar is not None:
+        for piece in tl.static_range(len(PIECES)):
+            b_o = load_piece(head_of(t_o, sequence, head), i, 0, Tq, piece, BQ, D, PIECES, True)
+            b_dobar = b_m[piece] - b_r[:, None] * b_o.to(tl.float32)
+            store_piece(head_of(t_dobar, sequence, head), b_dobar, i, Tq, piece, BQ, D, PIECES)
+            settle()
+    if p_e is not None:
         b_dom = tl.zeros((BQ,), tl.float32)
+        for piece in tl.static_range(len(PIECES)):
+            b_do = load_piece(head_of(t_do, sequence, head), i, 0, Tq, piece, BQ, D, PIECES, True)
+            b_dom += row_sum(b_do, b_m[piece])
+            settle()
         b_delta = tl.zeros((BQ,), tl.float32)
         for piece in tl.static_range(len(PIECES)):
             b_o = load_piece(head_of(t_o, sequence, head), i, 0, Tq, piece, BQ, D, PIECES, True)
-            if p_e is not None:
-                b_do = load_piece(head_of(t_do, sequence, head), i, 0, Tq, piece, BQ, D, PIECES, True)
-                b_dom += row_sum(b_do, b_m[piece])
-                b_delta += row_sum(b_do, b_o)
-            if t_dobar is not None:
-                b_dobar = b_m[piece] - b_r[:, None] * b_o.to(tl.float32)
-                store_piece(head_of(t_dobar, sequence, head), b_dobar, i, Tq, piece, BQ, D, PIECES)
+            b_do = load_piece(head_of(t_do, sequence, head), i, 0, Tq, piece, BQ, D, PIECES, True)
+            b_delta += row_sum(b_do, b_o)
             settle()
-        if p_e is not None:
-            store_statistic(p_delta + row, b_delta, i, Tq, BQ)
-            store_statistic(p_e + row, b_dom - 2 * b_delta * b_r, i, Tq, BQ)
+        store_statistic(p_delta + row, b_delta, i, Tq, BQ)
+        store_statistic(p_e + row, b_dom - 2 * b_delta * b_r, i, Tq, BQ)
 
 
 @triton.jit
