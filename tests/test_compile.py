@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from ttt_kernels import compile as command
-from ttt_kernels.aot import Report, parse
+from ttt_kernels.aot import Case, Report, parse
+from ttt_kernels.tuning import Config
 
 pytest.importorskip("triton")
 
@@ -88,6 +89,9 @@ def test_failures_make_the_exit_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     bad = report("HGMMA.64x64x16.F32.BF16", stack=8)
+    # A kernel of its own: those of the operators would not be interpreted any more by later tests.
+    case = Case("swa.along", "bf16", None, {}, Config((("BQ", 64),), 4, 1), True)
+    monkeypatch.setitem(command.OPERATORS, "swa", lambda arch: [case])
     monkeypatch.setattr("ttt_kernels.aot.compile_case", lambda case, arch: bad)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert command.main(["--arch", "sm_90", "--kernel", "along"]) == 1

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import BACKENDS
 from safetensors.torch import safe_open, save_file
 from torch import Tensor
 
 from engine import TTTModel
 from engine.golden import GoldenCase, carried_cases, load_golden
 from engine.verify import Results, compare, compute, verify
-from ttt_kernels.backends import available
 
 FILES = sorted([*carried_cases(), *(Path(__file__).parent / "golden").glob("*.safetensors")])
 INNER_LOOP = {"prefix output", "inner gradients", "inner gradient norms", "fast weights"}
@@ -43,7 +43,7 @@ def test_all_cases_are_there() -> None:
     }
 
 
-@pytest.mark.parametrize("backend", available())
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_case(path: Path, backend: str) -> None:
     case = load_golden(path)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import BACKENDS
 from safetensors.torch import safe_open, save_file
 
 from engine import TTTConfig, TTTModel
 from engine.__main__ import main
 from engine.golden import carried_cases
-from ttt_kernels.backends import available
 
 # The quickest one: what every case gives on every backend is tests/test_golden.py's.
 CASE = next(path for path in carried_cases() if path.stem == "swa-full")
@@ -75,7 +75,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_backend_that_cannot_run_here_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for backend in {"cpu", "triton", "cuda"} - set(available()):
+    for backend in {"cpu", "triton", "cuda"} - set(BACKENDS):
         assert main(["verify", str(CASE), "--backend", backend]) == 2
         assert backend in one_line(capsys)
 
