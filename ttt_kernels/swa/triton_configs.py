@@ -109,6 +109,15 @@ _AMPERE = {
 }
 """As `_NARROW`, for devices before Hopper, where factors of products are in registers."""
 
+_BLACKWELL = {
+    **_NARROW,
+    "double_backward_keys": {
+        **_NARROW["double_backward_keys"],
+        64: (config(32, 128, 8, 1), config(64, 128, 8, 1)),
+    },
+}
+"""As `_NARROW`, for devices from sm_100 on."""
+
 _WIDE = {name: {HEAD_DIM: (config(16, 16, 4, 1),)} for name in _NARROW}
 """As `_NARROW`, for float32."""
 
@@ -120,5 +129,6 @@ def configs(kernel: str, head_dim: int, dtype: torch.dtype, capability: int) -> 
     """
     if interpreted():
         return _INTERPRETED
-    table = _WIDE if dtype == torch.float32 else _NARROW if capability >= 90 else _AMPERE
+    narrow = _BLACKWELL if capability >= 100 else _NARROW if capability >= 90 else _AMPERE
+    table = _WIDE if dtype == torch.float32 else narrow
     return next(found for largest, found in table[kernel].items() if head_dim <= largest)
