@@ -101,13 +101,13 @@ def test_within_budget_in_16_bits(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @settings(max_examples=3)
 @given(data=st.data())
-def test_within_budget_of_anything(dtype: torch.dtype, data: st.DataObject) -> None:
+def test_within_budget_of_anything(data: st.DataObject) -> None:
     pick = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
-    heads, kv_heads = pick((1, 1), (2, 1), (2, 2))
-    b, tq, prefix, d = pick(1, 2), pick(1, 17, 37, 60), pick(0, 1, 40, 70), pick(1, 5, 16, 40, 80, 112)
+    dtype = pick(*DTYPES)
+    heads, kv_heads = pick((1, 1), (2, 1))
+    b, tq, prefix, d = pick(1, 2), pick(1, 17, 33), pick(0, 1, 40), pick(1, 5, 16, 40)
     options: dict = {"window": pick(None, 2, 31, 50, 500), "scale": pick(None, 0.4)}
     packing = pick("none", "lengths", "packed")
     if packing == "lengths":
