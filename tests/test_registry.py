@@ -208,6 +208,7 @@ def test_make_fx_sees_the_operator(operation: Operation, mode: str) -> None:
     torch.testing.assert_close(traced(x + 1, weight), operation(x + 1, weight))
 
 
+@pytest.mark.slow
 @each_operation
 @pytest.mark.parametrize(("backend", "dynamic"), [("cpu", False), ("cpu", True), ("reference", False)])
 def test_compiles_without_a_break(operation: Operation, backend: str, dynamic: bool) -> None:
