@@ -244,6 +244,7 @@ def job(**changes: Any) -> measure.Job:
     return replace(measure.Job("measure", config, "reference", "cpu", "missing.npy", 1, (5,)), **changes)
 
 
+@pytest.mark.slow
 def test_a_childs_failure_is_an_error_here() -> None:
     with pytest.raises(RuntimeError, match="ended with status 1"):
         measure.in_child(job())

@@ -117,6 +117,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_an_object_for_every_contender_order_and_length(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

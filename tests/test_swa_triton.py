@@ -70,11 +70,8 @@ CASES = {
 }
 
 
-FAST = {"one key", "small and everything"}
-
-
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CASES]
+    "name", [pytest.param(name, marks=pytest.mark.slow if name != "one key" else ()) for name in CASES]
 )
 def test_within_budget_in_float32(name: str) -> None:
     sizes, given_options = CASES[name]
@@ -194,6 +191,7 @@ def test_only_what_is_needed(wanted: int) -> None:
         assert torch.equal(f, e) if need else f is None
 
 
+@pytest.mark.slow
 def test_expanded_cotangents() -> None:
     """Strides of 0, as `.sum()` makes them, for every cotangent."""
     given = arguments()
