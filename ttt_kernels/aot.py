@@ -88,8 +88,7 @@ def compile_case(case: Case, arch: int) -> Report:
     from triton.compiler import ASTSource
 
     source = ASTSource(case.kernel, *_describe(case))
-    options = {"num_warps": case.config.warps, "num_stages": case.config.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.config.options())
     return read(compiled.asm["cubin"], compiled.metadata.shared)
 
 

@@ -8,11 +8,13 @@ without Triton. No GPU is needed.
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
+from multiprocessing import get_context
 
 from ttt_kernels import aot
-from ttt_kernels.aot import Case
+from ttt_kernels.aot import Case, Report
 
 
 def _swa(arch: int) -> list[Case]:
@@ -23,6 +25,22 @@ def _swa(arch: int) -> list[Case]:
 
 OPERATORS: dict[str, Callable[[int], list[Case]]] = {"swa": _swa}
 """Operator -> its kernels for an architecture, each with its configurations."""
+
+
+Place = tuple[str, int, int]
+"""Of a case: its operator, architecture (80 is sm_80) and index."""
+
+
+def _compile(place: Place) -> Report:
+    operator, arch, index = place
+    return aot.compile_case(OPERATORS[operator](arch)[index], arch)
+
+
+def reports(places: Sequence[Place]) -> Iterator[Report]:
+    """Compiles cases in as many processes as there are processors; gives their reports in order."""
+    workers = max(1, min(len(os.sched_getaffinity(0)), len(places)))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_compile, places)
 
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -44,22 +62,24 @@ def main(given: Sequence[str] | None = None) -> int:
     # Interpreted kernels cannot be compiled.
     os.environ["TRITON_INTERPRET"] = "0"
     print(f"{'kernel':28} {'variant':14} {'configuration':30} {'arch':6} registers spilled  shared products")
-    count = failed = 0
-    for arch in options.arch:
-        number = int(arch.removeprefix("sm_"))
-        for case in (c for operator in options.operator for c in OPERATORS[operator](number)):
-            if options.kernel not in case.name or not case.variant.startswith(options.variant):
-                continue
-            report = aot.compile_case(case, number)
-            problems = report.problems(number, case.narrow)
-            count, failed = count + 1, failed + bool(problems)
-            print(
-                f"{case.name:28} {case.variant:14} {case.config!s:30} {arch:6} {report.registers:9} "
-                f"{report.spilled:7} {report.shared:7} {report.products()}"
-                f"{'  <- ' + ', '.join(problems) if problems else ''}",
-                flush=True,
-            )
-    print(f"{count} kernels compiled, {failed} with problems")
+    chosen = {
+        (operator, arch, index): case
+        for arch in (int(name.removeprefix("sm_")) for name in options.arch)
+        for operator in options.operator
+        for index, case in enumerate(OPERATORS[operator](arch))
+        if options.kernel in case.name and case.variant.startswith(options.variant)
+    }
+    failed = 0
+    for ((_, arch, _), case), report in zip(chosen.items(), reports(list(chosen)), strict=True):
+        problems = report.problems(arch, case.narrow)
+        failed += bool(problems)
+        print(
+            f"{case.name:28} {case.variant:14} {case.config!s:30} {f'sm_{arch}':6} {report.registers:9} "
+            f"{report.spilled:7} {report.shared:7} {report.products()}"
+            f"{'  <- ' + ', '.join(problems) if problems else ''}",
+            flush=True,
+        )
+    print(f"{len(chosen)} kernels compiled, {failed} with problems")
     return 1 if failed else 0
 
 

@@ -29,9 +29,9 @@ class Config:
     warps: int
     stages: int
 
-    def options(self) -> dict[str, int]:
-        """Keyword arguments of a kernel's launch."""
-        return {**dict(self.sizes), "num_warps": self.warps, "num_stages": self.stages}
+    def options(self) -> dict[str, int | bool]:
+        """Options of the compiler; Triton 3.10 no longer fuses multiplications with additions unasked."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
     def __str__(self) -> str:
         sizes = " ".join(f"{name}={value}" for name, value in self.sizes)

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from ttt_kernels.backends import refuse_on_triton
-from ttt_kernels.swa import reference
-from ttt_kernels.swa.triton_configs import FLOAT32_HEAD_DIM, HEAD_DIM, sums_both
-from ttt_kernels.tuning import interpreted
+from ttt_kernels.swa.triton_configs import HEAD_DIM, sums_both
 
 
 def refuse(tensors: tuple[Tensor, ...]) -> str | None:
@@ -18,11 +16,6 @@ def refuse(tensors: tuple[Tensor, ...]) -> str | None:
     if head_dim > HEAD_DIM:
         return f"head_dim is {head_dim}; accepted are up to {HEAD_DIM}"
     return refuse_on_triton(tensors)
-
-
-def _too_wide(order: str, q: Tensor) -> bool:
-    """Whether the formulas serve an order of such heads."""
-    return q.dtype == torch.float32 and q.shape[3] > FLOAT32_HEAD_DIM[order] and not interpreted()
 
 
 def _launches(of_keys: Any, of_values: Any, q: Tensor) -> list[tuple[Any, Any]]:
@@ -78,10 +71,6 @@ def backward(
     from ttt_kernels.swa import triton_backward
     from ttt_kernels.swa.triton_launch import Call, located, located_or_none
 
-    if _too_wide("backward", q):
-        return reference.backward(
-            d_o, q, k, v, key_lengths, cu_seqlens, o, lse, window, scale, key_start, needs
-        )
     b, tk, kv_heads, d = k.shape
     shape = (b, tk - key_start, kv_heads, d)
     if q.numel() == 0:
@@ -134,10 +123,6 @@ def double_backward(
     from ttt_kernels.swa import triton_double_backward
     from ttt_kernels.swa.triton_launch import Call, located, located_or_none
 
-    if _too_wide("double_backward", q):
-        return reference.double_backward(
-            g_q, g_k, g_v, d_o, q, k, v, key_lengths, cu_seqlens, o, lse, window, scale, key_start, needs
-        )
     g_k, g_v = (None if g is None or g.shape[1] == 0 else g for g in (g_k, g_v))
     if q.numel() == 0 or (g_q is None and g_k is None and g_v is None):
         likes = zip((d_o, q, k, v), needs, strict=True)

@@ -6,7 +6,7 @@ import torch
 
 from ttt_kernels.aot import Case, Constant
 from ttt_kernels.swa import triton_backward, triton_double_backward, triton_forward
-from ttt_kernels.swa.triton_configs import FLOAT32_HEAD_DIM, configs, pieces, sums_both
+from ttt_kernels.swa.triton_configs import configs, pieces, sums_both
 
 _KERNELS = {
     "forward": triton_forward.attention,
@@ -52,10 +52,7 @@ def cases(arch: int) -> list[Case]:
     special = [(torch.float16, 64, False), (torch.bfloat16, 64, True)]
     found = []
     for name, kernel in _KERNELS.items():
-        order = name.removesuffix("_keys").removesuffix("_queries").replace("along", "double_backward")
         for dtype, head_dim, packed in plain + special:
-            if dtype == torch.float32 and head_dim > FLOAT32_HEAD_DIM[order]:
-                continue
             everything = _arguments(name, kernel, dtype, head_dim, packed)
             variant = f"{_TYPES[dtype]} {head_dim}{' packed' if packed else ''}"
             choices = configs(name, head_dim, dtype, arch)

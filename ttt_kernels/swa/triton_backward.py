@@ -15,7 +15,7 @@ from ttt_kernels.swa.triton_tiles import (
     load_statistic,
     product_t,
     row_or_none,
-    row_sum,
+    row_sums,
     scaled,
     store_rows,
     store_statistic,
@@ -53,10 +53,10 @@ def _query_tile(
     b_k = load_rows(x_k, j, low, Tk, BK, D, PIECES, EDGE)
     b_i = (i + tl.arange(0, BQ))[:, None]
     b_j = (j + tl.arange(0, BK))[None, :]
-    b_s = product_t(b_q, b_k)
+    b_s = product_t(b_q, b_k, BQ, BK, D)
     b_p = weights(b_s, b_lse[:, None], b_i, b_j, p_first, low, Tq, Tk, window, scale, EDGE)
-    b_dp = product_t(b_do, load_rows(x_v, j, low, Tk, BK, D, PIECES, EDGE))
-    return add_product(b_dq, b_p * (b_dp - b_delta[:, None]), b_k)
+    b_dp = product_t(b_do, load_rows(x_v, j, low, Tk, BK, D, PIECES, EDGE), BQ, BK, D)
+    return add_product(b_dq, b_p * (b_dp - b_delta[:, None]), b_k, D)
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "window"])
@@ -67,11 +67,9 @@ def queries(
     """dQ (unless t_dq is None) and D = rowsum(dO * O) (unless p_delta is None)."""
     sequence, head, i = query_block(heads, Tq, BQ)
     row = (sequence * heads + head).to(tl.int64) * Tq
-    b_do = load_block(head_of(t_do, sequence, head), i, 0, Tq, BQ, D, PIECES)
-    b_o = load_block(head_of(t_o, sequence, head), i, 0, Tq, BQ, D, PIECES)
-    b_delta = tl.zeros((BQ,), tl.float32)
-    for piece in tl.static_range(len(PIECES)):
-        b_delta += row_sum(b_do[piece], b_o[piece])
+    x_o = head_of(t_o, sequence, head)
+    x_do = head_of(t_do, sequence, head)
+    b_delta = row_sums(x_o, x_do, i, Tq, BQ, D, PIECES)
     if p_delta is not None:
         store_statistic(p_delta + row, b_delta, i, Tq, BQ)
     if t_dq is not None:
@@ -79,6 +77,7 @@ def queries(
         x_k = head_of(t_k, sequence, head // group)
         x_v = head_of(t_v, sequence, head // group)
         b_q = load_block(head_of(t_q, sequence, head), i, 0, Tq, BQ, D, PIECES)
+        b_do = load_block(x_do, i, 0, Tq, BQ, D, PIECES)
         b_lse = load_statistic(p_lse + row, i, Tq, float("inf"), BQ, True)
         span = key_range(i, p_first, low, Tq, Tk, window, BQ, BK)
         b_dq = zero_rows(BQ, PIECES)
@@ -102,13 +101,13 @@ def _key_tile(
     b_lse = load_statistic(p_lse, i, Tq, float("inf"), BQ, EDGE)[None, :]
     b_i = (i + tl.arange(0, BQ))[None, :]
     b_j = (j + tl.arange(0, BK))[:, None]
-    b_p = weights(product_t(b_k, b_q), b_lse, b_i, b_j, p_first, low, Tq, Tk, window, scale, EDGE)
+    b_p = weights(product_t(b_k, b_q, BK, BQ, D), b_lse, b_i, b_j, p_first, low, Tq, Tk, window, scale, EDGE)
     b_do = load_rows(x_do, i, 0, Tq, BQ, D, PIECES, EDGE)
     if DV:
-        b_dv = add_product(b_dv, b_p, b_do)
+        b_dv = add_product(b_dv, b_p, b_do, D)
     if DK:
         b_delta = load_statistic(p_delta, i, Tq, 0.0, BQ, EDGE)[None, :]
-        b_dk = add_product(b_dk, b_p * (product_t(b_v, b_do) - b_delta), b_q)
+        b_dk = add_product(b_dk, b_p * (product_t(b_v, b_do, BK, BQ, D) - b_delta), b_q, D)
     return b_dk, b_dv
 
 

@@ -8,16 +8,13 @@ HEAD_DIM = 256
 """The largest head dimension."""
 SHARED_HEAD_DIM = 128
 """The largest of which one program sums gradients of keys and values."""
-FLOAT32_HEAD_DIM = {"forward": HEAD_DIM, "backward": 128, "double_backward": 64}
-"""Order -> the largest in float32, whose exact products hold rows of both factors in registers; the formulas of
-the reference, whose products are the device's own, serve wider heads."""
 
 
 def pieces(kernel: str, head_dim: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Powers of two whose sum is head_dim rounded up to a multiple of 16, the largest first.
 
-    The larger, the fewer instructions; what must be in registers at once limits them: rows of both factors in
-    float32, whose exact products have no tensor cores, the last step of `along`, and sums of wide heads.
+    The larger, the fewer instructions; what must be in registers at once limits them: columns of both factors in
+    float32, the last step of `along`, and sums of wide heads.
     """
     left = -(-head_dim // 16) * 16
     largest = 64 if kernel == "along" or head_dim > SHARED_HEAD_DIM else 128
@@ -118,7 +115,14 @@ _BLACKWELL = {
 }
 """As `_NARROW`, for devices from sm_100 on."""
 
-_WIDE = {name: {HEAD_DIM: (config(16, 16, 4, 1),)} for name in _NARROW}
+_WIDE = {
+    "forward": {128: (config(32, 32, 4, 1),), 256: (config(32, 32, 8, 1),)},
+    "backward_queries": {128: (config(32, 32, 4, 1),), 256: (config(16, 16, 4, 1),)},
+    "backward_keys": {128: (config(32, 32, 4, 1),), 256: (config(32, 32, 8, 1),)},
+    "along": {256: (config(16, 16, 4, 1),)},
+    "double_backward_queries": {256: (config(16, 16, 4, 1),)},
+    "double_backward_keys": {128: (config(16, 32, 4, 1),), 256: (config(16, 16, 4, 1),)},
+}
 """As `_NARROW`, for float32."""
 
 

@@ -24,6 +24,7 @@ from ttt_kernels.swa.triton_tiles import (
     product_t,
     row_or_none,
     row_sum,
+    row_sums,
     scaled,
     settle,
     store_piece,
@@ -52,22 +53,22 @@ def _along_tile(
     b_k = load_rows(x_k, j, low, Tk, BK, D, PIECES, EDGE)
     b_i = (i + tl.arange(0, BQ))[:, None]
     b_j = (j + tl.arange(0, BK))[None, :]
-    b_s = product_t(b_q, b_k)
+    b_s = product_t(b_q, b_k, BQ, BK, D)
     b_p = weights(b_s, b_lse[:, None], b_i, b_j, p_first, low, Tq, Tk, window, scale, EDGE)
     if b_a is not None or x_b is not None:
         b_s1 = tl.zeros((BQ, BK), tl.float32)
         if b_a is not None:
-            b_s1 = add_product_t(b_s1, b_a, b_k)
+            b_s1 = add_product_t(b_s1, b_a, b_k, D)
         if x_b is not None:
             b_b = load_rows(x_b, j, tl.maximum(low, key_start), Tk, BK, D, PIECES, EDGE or SHIFTED)
-            b_s1 = add_product_t(b_s1, b_q, b_b)
+            b_s1 = add_product_t(b_s1, b_q, b_b, D)
         b_ps1 = b_p * b_s1 * scale
         b_r += tl.sum(b_ps1, 1)
         if SUM:
-            b_m = add_product(b_m, b_ps1, load_rows(x_v, j, low, Tk, BK, D, PIECES, EDGE))
+            b_m = add_product(b_m, b_ps1, load_rows(x_v, j, low, Tk, BK, D, PIECES, EDGE), D)
     if SUM and x_c is not None:
         b_c = load_rows(x_c, j, tl.maximum(low, key_start), Tk, BK, D, PIECES, EDGE or SHIFTED)
-        b_m = add_product(b_m, b_p, b_c)
+        b_m = add_product(b_m, b_p, b_c, D)
     return b_m, b_r
 
 
@@ -117,12 +118,8 @@ def along(
             b_do = load_piece(head_of(t_do, sequence, head), i, 0, Tq, piece, BQ, D, PIECES, True)
             b_dom += row_sum(b_do, b_m[piece])
             settle()
-        b_delta = tl.zeros((BQ,), tl.float32)
-        for piece in tl.static_range(len(PIECES)):
-            b_o = load_piece(head_of(t_o, sequence, head), i, 0, Tq, piece, BQ, D, PIECES, True)
-            b_do = load_piece(head_of(t_do, sequence, head), i, 0, Tq, piece, BQ, D, PIECES, True)
-            b_delta += row_sum(b_do, b_o)
-            settle()
+        x_do = head_of(t_do, sequence, head)
+        b_delta = row_sums(head_of(t_o, sequence, head), x_do, i, Tq, BQ, D, PIECES)
         store_statistic(p_delta + row, b_delta, i, Tq, BQ)
         store_statistic(p_e + row, b_dom - 2 * b_delta * b_r, i, Tq, BQ)
 
@@ -149,27 +146,27 @@ def _query_tile(
     b_k = load_rows(x_k, j, low, Tk, BK, D, PIECES, EDGE)
     b_i = (i + tl.arange(0, BQ))[:, None]
     b_j = (j + tl.arange(0, BK))[None, :]
-    b_s = product_t(b_q, b_k)
+    b_s = product_t(b_q, b_k, BQ, BK, D)
     b_p = weights(b_s, b_lse, b_i, b_j, p_first, low, Tq, Tk, window, scale, EDGE)
     b_s1 = None
     b_b = None
     if b_a is not None or x_b is not None:
         b_s1 = tl.zeros((BQ, BK), tl.float32)
         if b_a is not None:
-            b_s1 = add_product_t(b_s1, b_a, b_k)
+            b_s1 = add_product_t(b_s1, b_a, b_k, D)
         if x_b is not None:
             b_b = load_rows(x_b, j, tl.maximum(low, key_start), Tk, BK, D, PIECES, EDGE or SHIFTED)
-            b_s1 = add_product_t(b_s1, b_q, b_b)
+            b_s1 = add_product_t(b_s1, b_q, b_b, D)
         b_s1 = b_s1 * scale
-    b_dp = product_t(b_do, load_rows(x_v, j, low, Tk, BK, D, PIECES, EDGE))
+    b_dp = product_t(b_do, load_rows(x_v, j, low, Tk, BK, D, PIECES, EDGE), BQ, BK, D)
     b_doc = None
     if x_c is not None:
         b_c = load_rows(x_c, j, tl.maximum(low, key_start), Tk, BK, D, PIECES, EDGE or SHIFTED)
-        b_doc = product_t(b_do, b_c)
+        b_doc = product_t(b_do, b_c, BQ, BK, D)
     b_ds, b_t = _gradients(b_p, b_s1, b_dp, b_doc, b_delta, b_r, b_e)
-    b_acc = add_product(b_acc, b_t, b_k)
+    b_acc = add_product(b_acc, b_t, b_k, D)
     if b_b is not None:
-        b_acc = add_product(b_acc, b_ds, b_b)
+        b_acc = add_product(b_acc, b_ds, b_b, D)
     return b_acc
 
 
@@ -221,31 +218,31 @@ def _key_tile(
     b_r = load_statistic(p_r, i, Tq, 0.0, BQ, EDGE)[None, :]
     b_i = (i + tl.arange(0, BQ))[None, :]
     b_j = (j + tl.arange(0, BK))[:, None]
-    b_p = weights(product_t(b_k, b_q), b_lse, b_i, b_j, p_first, low, Tq, Tk, window, scale, EDGE)
+    b_p = weights(product_t(b_k, b_q, BK, BQ, D), b_lse, b_i, b_j, p_first, low, Tq, Tk, window, scale, EDGE)
     b_s1 = None
     b_a = None
     if x_a is not None or b_b is not None:
         b_s1 = tl.zeros((BK, BQ), tl.float32)
         if x_a is not None:
             b_a = load_rows(x_a, i, 0, Tq, BQ, D, PIECES, EDGE)
-            b_s1 = add_product_t(b_s1, b_k, b_a)
+            b_s1 = add_product_t(b_s1, b_k, b_a, D)
         if b_b is not None:
-            b_s1 = add_product_t(b_s1, b_b, b_q)
+            b_s1 = add_product_t(b_s1, b_b, b_q, D)
         b_s1 = b_s1 * scale
     b_do = load_rows(x_do, i, 0, Tq, BQ, D, PIECES, EDGE)
     if VBAR and b_s1 is not None:
-        b_vbar = add_product(b_vbar, b_p * (b_s1 - b_r), b_do)
+        b_vbar = add_product(b_vbar, b_p * (b_s1 - b_r), b_do, D)
     if KBAR:
         b_e = load_statistic(p_e, i, Tq, 0.0, BQ, EDGE)[None, :]
         b_delta = load_statistic(p_delta, i, Tq, 0.0, BQ, EDGE)[None, :]
-        b_dp = product_t(b_v, b_do)
+        b_dp = product_t(b_v, b_do, BK, BQ, D)
         b_doc = None
         if b_c is not None:
-            b_doc = product_t(b_c, b_do)
+            b_doc = product_t(b_c, b_do, BK, BQ, D)
         b_ds, b_t = _gradients(b_p, b_s1, b_dp, b_doc, b_delta, b_r, b_e)
-        b_kbar = add_product(b_kbar, b_t, b_q)
+        b_kbar = add_product(b_kbar, b_t, b_q, D)
         if b_a is not None:
-            b_kbar = add_product(b_kbar, b_ds, b_a)
+            b_kbar = add_product(b_kbar, b_ds, b_a, D)
     return b_kbar, b_vbar
 
 

@@ -27,7 +27,7 @@ def _tile(
     BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys [j, j + BK): b_acc and b_sum are relative to 2 ** b_max."""
-    b_s = product_t(b_q, load_rows(x_k, j, low, Tk, BK, D, PIECES, EDGE))
+    b_s = product_t(b_q, load_rows(x_k, j, low, Tk, BK, D, PIECES, EDGE), BQ, BK, D)
     if EDGE:
         b_i = (i + tl.arange(0, BQ))[:, None]
         b_s = tl.where(seen(b_i, (j + tl.arange(0, BK))[None, :], p_first, low, Tq, Tk, window), b_s, _NONE)
@@ -40,7 +40,7 @@ def _tile(
     b_decay = tl.exp2(b_max - b_zero)
     b_sum = b_sum * b_decay + tl.sum(b_p, 1)
     b_v = load_rows(x_v, j, low, Tk, BK, D, PIECES, EDGE)
-    return add_product(scaled(b_acc, b_decay[:, None]), b_p, b_v), b_top, b_sum
+    return add_product(scaled(b_acc, b_decay[:, None]), b_p, b_v, D), b_top, b_sum
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "window"])

@@ -75,7 +75,7 @@ class Call:
 
         def launch(config: Config) -> None:
             blocks = -(-length // dict(config.sizes)[side])
-            kernel[(blocks * heads,)](**given, **config.options())
+            kernel[(blocks * heads,)](**given, **dict(config.sizes), **config.options())
 
         choices = configs(name, head_dim, self.dtype, tuning.capability(self.device))
         missing = [label for label, value in given.items() if value is None]

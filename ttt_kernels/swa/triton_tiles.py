@@ -3,7 +3,9 @@
 Names in kernels: `t_` a tensor with its strides, `x_` one head of it (address of its first row, stride of the
 rows), `p_` an address, `b_` the values of a block, `m_` a mask; `BQ` and `BK` the queries and keys of a tile; `D`
 the head dimension and `PIECES` the powers of two that it is divided into, because blocks have no other sizes:
-80 = 64 + 16. Rows of D values are tuples with a block of values for each piece.
+80 = 64 + 16. Rows of D values are tuples with a block of values for each piece; but rows of float32 factors, whose
+exact products have no tensor cores to feed from shared memory, are a tuple that says where they are (`_located`), and
+each product loads a piece at a time: held in registers, several tensors of wide rows would overflow them.
 """
 
 import triton
@@ -83,11 +85,29 @@ def load_piece(
 def load_rows(
     x, start, low, high, ROWS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Rows [start, start + ROWS) in pieces; where MASKED, zeros for those outside [low, high)."""
-    b_x = ()
-    for i in tl.static_range(len(PIECES)):
-        b_x = b_x + (load_piece(x, start, low, high, i, ROWS, D, PIECES, MASKED),)
-    return b_x
+    """Rows [start, start + ROWS); zeros for those outside [low, high), where MASKED or float32."""
+    if x[0].dtype.element_ty == tl.float32:
+        return x[0], x[1], tl.cast(start, tl.int32), tl.cast(low, tl.int32), tl.cast(high, tl.int32)
+    else:
+        b_x = ()
+        for i in tl.static_range(len(PIECES)):
+            b_x = b_x + (load_piece(x, start, low, high, i, ROWS, D, PIECES, MASKED),)
+        return b_x
+
+
+@triton.constexpr_function
+def _located(dtype):
+    """Whether rows with a first element of this type are where they are, and not a tuple of blocks."""
+    return dtype.is_ptr()
+
+
+@triton.jit
+def _load_columns(b_x, first, ROWS: tl.constexpr, D: tl.constexpr):
+    """16 columns of located rows from column `first` on."""
+    b_column = first + tl.arange(0, 16)
+    b_row = b_x[2] + tl.arange(0, ROWS)
+    m_piece = ((b_row >= b_x[3]) & (b_row < b_x[4]))[:, None] & (b_column < D)[None, :]
+    return tl.load(_row_addresses(b_x, b_x[2], ROWS) + b_column[None, :], mask=m_piece, other=0.0)
 
 
 @triton.jit
@@ -126,6 +146,7 @@ def store_rows(x, b_x, start, high, ROWS: tl.constexpr, D: tl.constexpr, PIECES:
     """Stores float32 rows [start, start + ROWS) that are below `high` in the tensor's dtype."""
     for i in tl.static_range(len(PIECES)):
         store_piece(x, b_x[i], start, high, i, ROWS, D, PIECES)
+        settle()
 
 
 @triton.jit
@@ -164,36 +185,48 @@ def _dot(b_x, b_y, b_sum):
         # The interpreter multiplies the bits of bfloat16 as integers.
         b_x = b_x.to(tl.float32)
         b_y = b_y.to(tl.float32)
-    elif b_x.dtype == tl.float32:
-        # Without tensor cores, the rows of several products at once would be in registers.
-        tl.debug_barrier()
     return tl.dot(b_x, b_y, b_sum, input_precision="ieee")
 
 
 @triton.jit
-def product_t(b_x, b_y):
-    """X Y^T of rows in pieces, float32."""
-    b_sum = tl.zeros((b_x[0].shape[0], b_y[0].shape[0]), tl.float32)
-    for i in tl.static_range(len(b_x)):
-        b_sum = _dot(b_x[i], tl.trans(b_y[i]), b_sum)
+def _computed(b_x):
+    """b_x, made before anything that follows: LLVM puts the arithmetic of all products of a tile behind their loads."""
+    if INTERPRETED:
+        return b_x
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [b_x], tl.float32, False, 1)
+
+
+@triton.jit
+def product_t(b_x, b_y, X: tl.constexpr, Y: tl.constexpr, D: tl.constexpr):
+    """X Y^T of so many rows each, float32."""
+    return add_product_t(tl.zeros((X, Y), tl.float32), b_x, b_y, D)
+
+
+@triton.jit
+def add_product_t(b_sum, b_x, b_y, D: tl.constexpr):
+    """b_sum + X Y^T of rows."""
+    if _located(b_x[0].dtype):
+        for first in tl.range(0, D, 16):
+            b_left = _load_columns(b_x, first, b_sum.shape[0], D)
+            b_sum = _dot(b_left, tl.trans(_load_columns(b_y, first, b_sum.shape[1], D)), b_sum)
+    else:
+        for i in tl.static_range(len(b_x)):
+            b_sum = _dot(b_x[i], tl.trans(b_y[i]), b_sum)
     return b_sum
 
 
 @triton.jit
-def add_product_t(b_sum, b_x, b_y):
-    """b_sum + X Y^T of rows in pieces."""
-    for i in tl.static_range(len(b_x)):
-        b_sum = _dot(b_x[i], tl.trans(b_y[i]), b_sum)
-    return b_sum
-
-
-@triton.jit
-def add_product(b_sum, b_w, b_x):
-    """Rows b_sum + W X in pieces, W rounded to X's dtype for the product."""
-    b_w = narrow(b_w, b_x[0].dtype)
+def add_product(b_sum, b_w, b_x, D: tl.constexpr):
+    """Rows of sums in pieces, b_sum + W X; W is rounded to X's dtype for the product."""
     b_out = ()
-    for i in tl.static_range(len(b_x)):
-        b_out = b_out + (_dot(b_w, b_x[i], b_sum[i]),)
+    if _located(b_x[0].dtype):
+        for i in tl.static_range(len(b_sum)):
+            b_product = _dot(b_w, _load_columns(b_x, 16 * i, b_w.shape[1], D), b_sum[i])
+            b_out = b_out + (_computed(b_product),)
+    else:
+        b_w = narrow(b_w, b_x[0].dtype)
+        for i in tl.static_range(len(b_x)):
+            b_out = b_out + (_dot(b_w, b_x[i], b_sum[i]),)
     return b_out
 
 
@@ -219,3 +252,14 @@ def scaled(b_x, b_factor):
 def row_sum(b_x, b_y):
     """rowsum(X * Y) of one piece, float32 (ROWS,)."""
     return tl.sum(b_x.to(tl.float32) * b_y.to(tl.float32), 1)
+
+
+@triton.jit
+def row_sums(x_x, x_y, start, high, ROWS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr):
+    """rowsum(X * Y) of rows [start, start + ROWS) in memory, float32 (ROWS,), a piece at a time."""
+    b_sum = tl.zeros((ROWS,), tl.float32)
+    for i in tl.static_range(len(PIECES)):
+        b_x = load_piece(x_x, start, 0, high, i, ROWS, D, PIECES, True)
+        b_sum += row_sum(b_x, load_piece(x_y, start, 0, high, i, ROWS, D, PIECES, True))
+        settle()
+    return b_sum
