@@ -1,7 +1,8 @@
 """Breaks attention in one place at a time and demands that a test fails: `python tests/mutations.py`.
 
 Works on a copy. Every mutation names the test that must catch it; one that survives ends the run with status 1.
-Needs pybind11 and a C++ compiler beside what the tests need; takes some minutes, most of them to build.
+Needs pybind11 and a C++ compiler beside what the tests need; takes about half an hour on two cores. Arguments choose
+mutations whose description has one of them in it.
 """
 
 import os
@@ -21,14 +22,27 @@ SECOND = "test_second_order_equals_dense_attention"
 DENSE = "test_equals_dense_attention"
 
 
+T_TILES, T_VISIBLE, T_FORWARD, T_BACKWARD, T_DOUBLE = (
+    f"ttt_kernels/swa/triton_{name}.py"
+    for name in ("tiles", "visible", "forward", "backward", "double_backward")
+)
+CASE = "test_within_budget_in_float32 and "
+SMALL, GROUPS, PACKED = CASE + "everything", CASE + "groups", CASE + "short"
+LAST, ABSENT = "test_gradients_of_the_last_keys_only", "test_queries_without_keys_and_what_lies_there"
+
+
 class Mutation(NamedTuple):
-    """Replaces `old` by `new` in a file; some case of `test` must fail."""
+    """Replaces `old` by `new` in a file; a test of `test`, an expression of pytest's -k, must fail."""
 
     what: str
     file: str
     old: str
     new: str
     test: str
+
+    def module(self) -> str:
+        """The file of the test."""
+        return "tests/test_swa_triton.py" if "triton" in self.file else "tests/test_swa.py"
 
 
 MUTATIONS = (
@@ -59,6 +73,63 @@ MUTATIONS = (
     Mutation("V_bar of P instead of P'", DOUBLE, "p * (s1 - of_r)", "p", SECOND),
     Mutation("cotangents of keys before key_start are read", DOUBLE, "c.key_start, C(1) / kUnit<C>}",
              "0, C(1) / kUnit<C>}", "test_backward_from_a_key_on_differentiates"),
+    Mutation("Triton: G loses r dP", T_DOUBLE, " - b_r * b_dp", "", SMALL),
+    Mutation("Triton: G loses S' * (dP - D)", T_DOUBLE, "b_g + b_s1 * (b_dp - b_delta) - b_r * b_dp",
+             "b_g - b_r * b_dp", SMALL),
+    Mutation("Triton: G loses dO C^T", T_DOUBLE, "b_g = b_g + b_doc", "b_g = b_g", SMALL),
+    Mutation("Triton: G loses E", T_DOUBLE, "b_g = -b_e", "b_g = 0.0 * b_e", SMALL),
+    Mutation("Triton: Q_bar loses dS B", T_DOUBLE, "add_product(b_acc, b_ds, b_b, D)", "b_acc", SMALL),
+    Mutation("Triton: Q_bar loses T K", T_DOUBLE, "b_acc = add_product(b_acc, b_t, b_k, D)", "", SMALL),
+    Mutation("Triton: K_bar loses dS^T A", T_DOUBLE, "add_product(b_kbar, b_ds, b_a, D)", "b_kbar", SMALL),
+    Mutation("Triton: K_bar loses T^T Q", T_DOUBLE, "add_product(b_kbar, b_t, b_q, D)", "b_kbar", SMALL),
+    Mutation("Triton: V_bar of P S'", T_DOUBLE, "b_p * (b_s1 - b_r), b_do", "b_p * b_s1, b_do", SMALL),
+    Mutation("Triton: dO_bar loses P C", T_DOUBLE, "add_product(b_m, b_p, b_c, D)", "b_m", SMALL),
+    Mutation("Triton: P detached", T_DOUBLE,
+             "add_product(b_m, b_ps1, load_rows(x_v, j, low, Tk, BK, D, PIECES, EDGE), D)", "b_m", SMALL),
+    Mutation("Triton: dO_bar loses r O", T_DOUBLE, "b_m[piece] - b_r[:, None] * b_o.to(tl.float32)", "b_m[piece]",
+             SMALL),
+    Mutation("Triton: E loses 2 D r", T_DOUBLE, "b_dom - 2 * b_delta * b_r", "b_dom", SMALL),
+    Mutation("Triton: E with one D r", T_DOUBLE, "b_dom - 2 * b_delta * b_r", "b_dom - b_delta * b_r", SMALL),
+    Mutation("Triton: dQ forgets D", T_BACKWARD, "b_p * (b_dp - b_delta[:, None])", "b_p * b_dp", SMALL),
+    Mutation("Triton: dK forgets D", T_BACKWARD, "(product_t(b_v, b_do, BK, BQ, D) - b_delta)",
+             "product_t(b_v, b_do, BK, BQ, D)", SMALL),
+    Mutation("Triton: window one key too wide", T_VISIBLE, "< window.to(tl.uint32)", "<= window.to(tl.uint32)",
+             SMALL),
+    Mutation("Triton: range of keys begins too late", T_VISIBLE, "b_i + (Tk - Tq + 1) - window, low",
+             "b_i + (Tk - Tq + 2) - window, low", CASE + "reaches"),
+    Mutation("Triton: range of queries ends too early", T_VISIBLE, "tl.minimum(j + window - (Tk - Tq), Tq)",
+             "tl.minimum(j + window - (Tk - Tq) - 1, Tq)", CASE + "reaches"),
+    Mutation("Triton: middle of keys begins too early", T_VISIBLE, "full = tl.minimum(tl.cdiv(first_key(last",
+             "full = tl.minimum(tl.cdiv(first_key(i", CASE + "window and tile"),
+    Mutation("Triton: middle of keys ends too late", T_VISIBLE, "tl.maximum((i + (Tk - Tq) + 1) // BK * BK, full)",
+             "tl.maximum((i + BQ - 1 + (Tk - Tq) + 1) // BK * BK, full)", CASE + "causal"),
+    Mutation("Triton: middle of queries begins too early", T_VISIBLE, "tl.maximum(last - (Tk - Tq), 0), BQ)",
+             "tl.maximum(j - (Tk - Tq), 0), BQ)", CASE + "causal"),
+    Mutation("Triton: invalid keys are seen", T_VISIBLE, "tl.where(b_j < low, Tk, b_j)", "b_j", SMALL),
+    Mutation("Triton: invalid keys in the middle", T_VISIBLE, "full_end = tl.where(j < low, full, full_end)", "",
+             CASE + "full"),
+    Mutation("Triton: packed, the neighbour's last key is seen", T_VISIBLE, "m_seen & (b_j >= tl.load",
+             "m_seen & (b_j + 1 >= tl.load", PACKED),
+    Mutation("Triton: packed, the last query is lost", T_VISIBLE, "end = tl.minimum(end, tl.load(p_end + j))",
+             "end = tl.minimum(end, tl.load(p_end + j)) - 1", PACKED),
+    Mutation("Triton: backward loses a head of the group", T_BACKWARD, "for member in range(group):",
+             "for member in range(group - 1 + (group == 1)):", SMALL),
+    Mutation("Triton: double backward loses a head of the group", T_DOUBLE, "for member in range(group):",
+             "for member in range(group - 1 + (group == 1)):", SMALL),
+    Mutation("Triton: values of the first head for all", T_FORWARD, "head_of(t_v, sequence, head // group)",
+             "head_of(t_v, sequence, 0)", GROUPS),
+    Mutation("Triton: the sum does not decay", T_FORWARD, "scaled(b_acc, b_decay[:, None])", "b_acc",
+             CASE + "causal"),
+    Mutation("Triton: invalid rows are loaded in pieces", T_TILES, "(b_row >= low) & (b_row < high)",
+             "(b_row >= 0) & (b_row < high)", ABSENT),
+    Mutation("Triton: invalid rows are loaded in columns", T_TILES, "(b_row >= b_x[3]) & (b_row < b_x[4])",
+             "(b_row >= 0) & (b_row < b_x[4])", ABSENT),
+    Mutation("Triton: cotangents count from key 0", T_TILES, "p_first - tl.cast(start, tl.int64) * stride",
+             "p_first", LAST),
+    Mutation("Triton: a column too many in pieces", T_TILES, "m_column = (b_column < D)[None, :]",
+             "m_column = (b_column < D + 1)[None, :]", "test_within_budget_in_16_bits or " + SMALL),
+    Mutation("Triton: a column too many", T_TILES, "(b_column < D)[None, :]\n    return tl.load(_row",
+             "(b_column < D + 1)[None, :]\n    return tl.load(_row", SMALL),
 )  # fmt: skip
 
 
@@ -67,39 +138,31 @@ def build(copy: Path) -> None:
     flags = {**os.environ, "TTT_KERNELS_CXXFLAGS": "-O1", "TTT_KERNELS_INSTRUCTION_SETS": "avx2"}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     subprocess.run(command, cwd=copy, env=flags, check=True, capture_output=True)
+    loads = "from ttt_kernels import extension; assert extension.cpu is not None, extension.missing"
+    subprocess.run([sys.executable, "-c", loads], cwd=copy, check=True)
 
 
-def fails(copy: Path, test: str) -> bool:
-    """Whether a case of the test fails (exit status 1; any other than 0 and 1 is an error of this script)."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "tests/test_swa.py",
-        "-k",
-        test,
-    ]
-    done = subprocess.run(
-        command, cwd=copy, env={**os.environ, "PYTHONPATH": "."}, capture_output=True, text=True
-    )
+def fails(copy: Path, module: str, test: str) -> bool:
+    """Whether a test fails (exit status 1; any other than 0 and 1 is an error of this script)."""
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", module, "-k", test]
+    environment = {**os.environ, "PYTHONPATH": "."}
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise SystemExit(f"{test} could not be run:\n{done.stdout}{done.stderr}")
     return done.returncode == 1
 
 
-def main() -> int:
+def main(asked: list[str]) -> int:
+    chosen = [m for m in MUTATIONS if not asked or any(words in m.what for words in asked)]
     survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "checkout"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "build", "*.so"))
         build(copy)
-        for test in sorted({m.test for m in MUTATIONS}):
-            if fails(copy, test):
+        for module, test in sorted({(m.module(), m.test) for m in chosen}):
+            if fails(copy, module, test):
                 raise SystemExit(f"{test} fails before anything is broken")
-        for mutation in MUTATIONS:
+        for mutation in chosen:
             file = copy / mutation.file
             whole = file.read_text()
             if whole.count(mutation.old) != 1:
@@ -107,12 +170,13 @@ def main() -> int:
             file.write_text(whole.replace(mutation.old, mutation.new))
             if mutation.file.startswith("csrc"):
                 build(copy)
-            caught = fails(copy, mutation.test)
+            caught = fails(copy, mutation.module(), mutation.test)
             file.write_text(whole)
             survivors += not caught
-            print(f"{'caught' if caught else 'SURVIVED':10}{mutation.what:50}{mutation.test}", flush=True)
+            print(f"{'caught' if caught else 'SURVIVED':10}{mutation.what:55}{mutation.test}", flush=True)
+    print(f"{len(chosen)} mutations, {survivors} survived")
     return 1 if survivors else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -225,18 +225,19 @@ def test_tiles_of_other_sizes(monkeypatch: pytest.MonkeyPatch, queries: int, key
 
 
 @pytest.mark.slow
-def test_queries_without_keys_and_what_lies_there() -> None:
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_queries_without_keys_and_what_lies_there(dtype: torch.dtype) -> None:
     """Invalid keys may hold anything; a query that sees no other has an output and gradients of zero."""
-    q, k, v = (t.float() for t in qkv(2, 20, 40, 1, 1, 8))
+    q, k, v = (t.to(dtype) for t in qkv(2, 20, 40, 1, 1, 8))
     lengths = numbers(19, 0)
     for t in (k, v):
         t[0, :21] = float("nan")
         t[1] = float("inf")
     leaves = [t.requires_grad_() for t in (q, k, v)]
     o = sliding_window_attention(*leaves, key_lengths=lengths, backend="triton")
-    d_o = draw(*o.shape, seed=3).float().to(DEVICE).requires_grad_()
+    d_o = draw(*o.shape, seed=3).to(DEVICE, dtype).requires_grad_()
     first = torch.autograd.grad(o, leaves, d_o, create_graph=True)
-    seconds = [draw(*t.shape, seed=6 + i).float().to(DEVICE) for i, t in enumerate(leaves)]
+    seconds = [draw(*t.shape, seed=6 + i).to(DEVICE, dtype) for i, t in enumerate(leaves)]
     for t in seconds[1:]:
         t[0, :21] = float("nan")
     second = torch.autograd.grad(first, [*leaves, d_o], seconds)
