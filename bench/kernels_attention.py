@@ -73,7 +73,8 @@ def problems(args: argparse.Namespace, dtype: str) -> list[Problem]:
 
 def contenders(args: argparse.Namespace, dtype: str, device: torch.device) -> list[str]:
     """Names, this library's backends first; `ValueError` for a backend or baseline that cannot be used."""
-    return [*_backends(args.backend, dtype, device), *_baselines(args.baselines, device)]
+    example = torch.empty(0, 1, 1, args.head_dim, dtype=DTYPES[dtype], device=device)
+    return [*_backends(args.backend, example), *_baselines(args.baselines, device)]
 
 
 def own(name: str) -> bool:
@@ -109,8 +110,7 @@ def _window(text: str) -> int | None:
         raise ValueError(f"--window={text!r} is not accepted; it is a number of keys, or none") from None
 
 
-def _backends(names: list[str] | None, dtype: str, device: torch.device) -> list[str]:
-    example = torch.empty(0, dtype=DTYPES[dtype], device=device)
+def _backends(names: list[str] | None, example: torch.Tensor) -> list[str]:
     if names is not None:
         return [OWN + operator.select(name, example) for name in dict.fromkeys(names)]
     serving = []

@@ -35,7 +35,7 @@ class Ops:
 
     def __init__(self, model: TTTModel, backend: str | None) -> None:
         config = model.config
-        like = torch.empty(0, dtype=config.torch_dtype, device=model.final_norm.device)
+        like = torch.empty(0, 1, 1, config.head_dim, dtype=config.torch_dtype, device=model.final_norm.device)
         operators = (rms_norm, rope, swiglu, swa, linear_ce, clipped_sgd)
         self._backend = {op.name: op.select(backend, like) for op in operators}
         self._eps = config.norm_eps

@@ -60,7 +60,7 @@ def assert_within_budget(
     *,
     highest: int = 2,
     slack: float = 2.0,
-    floor: float = 4.0,
+    floor: float | None = None,
 ) -> None:
     """A backend's error at every order is at most `slack` times that of the plain formulas at the same dtype.
 
@@ -70,9 +70,12 @@ def assert_within_budget(
         function: gives the operator on a backend, as a function of the input tensors.
         inputs: float64 tensors (rounded to `dtype` here) and integer tensors.
         slack: how many times the plain formulas' error is allowed.
-        floor: how many of the dtype's epsilons are allowed besides (in float64 the plain formulas are the
-            truth and have no error, so that sums which cancel need more).
+        floor: how many of the dtype's epsilons are allowed besides: by default half of one in 16 bits, where the
+            rounding of a result alone is more, and 4 where the plain formulas happen to be nearly exact (in
+            float64 they are the truth and have no error, so that sums which cancel need more).
     """
+    if floor is None:
+        floor = 0.5 if dtype in (torch.bfloat16, torch.float16) else 4.0
     rounded = [t.to(dtype) if t.is_floating_point() else t for t in inputs]
     wide = [t.double() if t.is_floating_point() else t for t in rounded]
     truth = orders(function("reference"), wide, highest=highest)

@@ -1,5 +1,6 @@
 """bench/kernels.py: what it counts, what it checks, what it writes, and what it refuses."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import attention_contenders, attention_problem, kernel_child, kernels, machine
+from bench import attention_contenders, attention_problem, kernel_child, kernels, kernels_attention, machine
 from bench.attention_contenders import contender
 from bench.attention_problem import ORDERS, Problem
 from bench.flops import visible_pairs
@@ -115,6 +116,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("head_dim", "serves"), [("64", True), ("257", False)])
+def test_backends_are_those_that_serve_such_heads(head_dim: str, serves: bool) -> None:
+    pytest.importorskip("triton")
+    parser = argparse.ArgumentParser()
+    kernels_attention.add_arguments(parser)
+    args = parser.parse_args(["--head-dim", head_dim, "--baselines", "none"])
+    assert ("ttt_kernels/triton" in kernels_attention.contenders(args, "float32", CPU)) == serves
 
 
 @pytest.mark.slow

@@ -241,7 +241,7 @@ PACKED = {"q": zeros(1, 6, 4, 8), "k": zeros(1, 6, 2, 8), "v": zeros(1, 6, 2, 8)
         ({"q": zeros(2, 5, 4, 6)}, "q has shape (2, 5, 4, 6) and k (2, 7, 2, 8); accepted are equal batch"),
         ({"q": zeros(2, 5, 3, 8)}, "q has 3 heads and k 2; accepted are multiples"),
         ({"q": zeros(2, 8, 4, 8)}, "q has length 8 and k 7; accepted are at least as many keys"),
-        ({"window": 0}, "window is 0; accepted are integers of at least 1, and None"),
+        ({"window": 0}, "window is 0; accepted are integers from 1"),
         ({"window": 2.0}, "window is 2.0; accepted"),
         ({"key_lengths": [7, 4]}, "key_lengths has type list; accepted is an int64 or int32 tensor"),
         ({"key_lengths": zeros(2)}, "key_lengths has dtype torch.float32 and shape (2,); accepted"),

@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
+from small_model import model
+
+from engine.ops import Ops
 from ttt_kernels import backends, sliding_window_attention
 from ttt_kernels.swa import operator, triton_configs
 
@@ -334,6 +337,20 @@ def test_tensors_of_the_processor_are_interpreted_only_on_request(monkeypatch: p
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match=r"backend 'triton' cannot serve this call: .*GPU.*what can: "):
         operator.select("triton", q, q, q)
+
+
+def test_the_engine_uses_it_wherever_tensors_are_not_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ttt_kernels.backends._on_cpu", lambda tensors: False)
+    ops = Ops(model().to(DEVICE), None)
+    monkeypatch.undo()
+    calls = []
+    own = operator.kernels["triton"]["forward"]
+    monkeypatch.setitem(operator.kernels["triton"], "forward", lambda *given: calls.append(1) or own(*given))
+    q, k, v = (t.float() for t in qkv(1, 3, 5, 1, 1, 16))
+    o, _ = ops.attention(q, k, v, 2)
+    assert calls == [1]
+    truth = sliding_window_attention(q, k, v, window=2, backend="reference")
+    assert relative_error(o, truth.double()) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -17,7 +17,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A device on which FAST is faster, and an empty cache."""
     monkeypatch.setenv("TTT_KERNELS_CACHE", str(tmp_path / "new"))
     monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(tuning, "_may_time", lambda: True)
+    monkeypatch.setattr(tuning, "_may_choose", lambda: True)
+    monkeypatch.setattr(tuning, "_capturing", lambda: False)
     monkeypatch.setattr(tuning, "_device", lambda: "device")
     monkeypatch.setattr(tuning, "_time", lambda launch, config: 1.0 if config == FAST else 2.0)
     return tmp_path / "new" / "device.json"
@@ -73,11 +74,32 @@ def test_a_folder_that_cannot_be_written(cache: Path) -> None:
     assert launched() == FAST
 
 
-def test_the_first_where_nothing_is_timed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_may_time", lambda: False)
+def test_the_first_where_nothing_is_chosen(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_may_choose", lambda: False)
     forbid_timing(monkeypatch)
     assert launched() == SLOW
     assert not cache.exists()
+
+
+def test_a_capture_takes_what_was_chosen_before(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launched() == FAST
+    forbid_timing(monkeypatch)
+    monkeypatch.setattr(tuning, "_capturing", lambda: True)
+    assert launched() == FAST
+    assert launched(("bfloat16", 128)) == SLOW
+    assert len(json.loads(cache.read_text())) == 1
+
+
+def test_the_first_where_nothing_can_be_timed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_time", lambda launch, config: float("inf"))
+    assert launched() == SLOW
+    assert not cache.exists()
+
+
+def test_the_file_is_read_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launched() == FAST
+    monkeypatch.setattr(tuning, "_read", lambda device: pytest.fail("read again"))
+    assert launched() == FAST
 
 
 @pytest.mark.parametrize("value", ["1", "0", ""])

@@ -314,12 +314,14 @@ def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
 
 
 def _plain_tensors(tensors: Sequence[Tensor]) -> bool:
-    """Whether nothing records, traces or transforms these tensors."""
+    """Whether nothing records, traces or transforms these tensors, and memory holds their values as they are."""
     if torch._C._len_torch_dispatch_stack() or in_transform(tensors):
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False
-    return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    if torch._C._get_tracing_state() is not None:
+        return False
+    return all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg() for t in tensors)
 
 
 def _any(needs: Any) -> bool:

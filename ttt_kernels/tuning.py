@@ -2,7 +2,8 @@
 
 A kernel is timed once for each key (dtype, head dimension and the like; never a length) and the answer is kept in
 a file for each kind of device, under TTT_KERNELS_CACHE or ~/.cache/ttt_kernels. With deterministic algorithms
-(`torch.use_deterministic_algorithms`), in a CUDA graph's capture and in interpreter mode nothing is timed.
+(`torch.use_deterministic_algorithms`) and in interpreter mode the first configuration is taken; in a CUDA graph's
+capture nothing is timed.
 """
 
 import json
@@ -50,26 +51,39 @@ def run(kernel: str, key: Sequence[object], configs: Sequence[Config], launch: L
         configs: what to choose from, the safest first; it is taken wherever nothing can be timed.
         launch: runs the kernel; it may run many times, and writes the same results each time.
     """
-    if len(configs) == 1 or not _may_time():
+    if len(configs) == 1 or not _may_choose():
         return launch(configs[0])
     device = _device()
-    choices = _chosen.setdefault(device, _read(device))
-    name = " ".join([kernel, *map(str, key), *(f"[{c}]" for c in configs)])
+    if device not in _chosen:
+        _chosen[device] = _read(device)
+    choices, name = _chosen[device], _name(kernel, tuple(key), tuple(configs))
     index = choices.get(name)
     if index is None or index >= len(configs):
+        if _capturing():
+            return launch(configs[0])
         times = [_time(launch, config) for config in configs]
+        if min(times) == float("inf"):
+            return launch(configs[0])
         choices[name] = index = times.index(min(times))
         _write(device, choices)
     return launch(configs[index])
 
 
-def _may_time() -> bool:
+def _may_choose() -> bool:
+    """Whether results may depend on what is fastest."""
     return (
-        torch.cuda.is_available()
-        and not interpreted()
-        and not torch.are_deterministic_algorithms_enabled()
-        and not torch.cuda.is_current_stream_capturing()
+        torch.cuda.is_available() and not interpreted() and not torch.are_deterministic_algorithms_enabled()
     )
+
+
+def _capturing() -> bool:
+    """Whether launches are recorded into a CUDA graph, where nothing can be timed."""
+    return torch.cuda.is_current_stream_capturing()
+
+
+@cache
+def _name(kernel: str, key: tuple[object, ...], configs: tuple[Config, ...]) -> str:
+    return " ".join([kernel, *map(str, key), *(f"[{c}]" for c in configs)])
 
 
 def interpreted() -> bool:
@@ -87,21 +101,26 @@ def capability(device: torch.device) -> int:
 
 
 def _time(launch: Launch, config: Config) -> float:
-    """Milliseconds of a launch, or infinity where the device lacks the memory or registers for it."""
+    """Milliseconds of a launch, or infinity where the device lacks the memory or registers to time it."""
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
     try:
         return do_bench(lambda: launch(config), warmup=5, rep=20, return_mode="median")
-    except OutOfResources:
+    except (OutOfResources, torch.cuda.OutOfMemoryError):
         return float("inf")
 
 
 def _device() -> str:
     """The kind of the current device and Triton's version, on which a choice depends."""
+    return _kind(torch.cuda.current_device())
+
+
+@cache
+def _kind(device: int) -> str:
     import triton
 
-    name = torch.cuda.get_device_name().replace("/", "-").replace(" ", "-")
+    name = torch.cuda.get_device_name(device).replace("/", "-").replace(" ", "-")
     return f"{name}-triton-{triton.__version__}"
 
 

@@ -29,7 +29,7 @@ void differentiate(C* scores, C* d_p, int64_t keys, int64_t columns, const C* ls
     for (int64_t c = 0; c < columns; c += lanes<C>) {
         const vec<C> l = load(lse + c), d = load(delta + c);
         for (int64_t i = c; i < keys * kQueries; i += kQueries) {
-            const vec<C> p = power(load(scores + i) - l);
+            const vec<C> p = weight<C>(load(scores + i), l);
             store(scores + i, p);
             store(d_p + i, p * (load(d_p + i) - d));
         }

@@ -1,8 +1,8 @@
 // Attention over a sliding window, backward of the backward: given the cotangents A, B, C of dQ, dK, dV, with
 // P and D as in the backward pass,
 //     S' = s (A K^T + Q B^T)    r = rowsum(P * S')    M = (P * S') V + P C    O' = M - r O
-//     E  = rowsum(P * S' * dP + P * (dO C^T)) - 2 D r = rowsum(dO * M) - 2 D r
-//     P' = P * (S' - r)    T = P * (S' * (dP - D) - r dP + dO C^T - E)
+//     E  = rowsum(dO * O') = rowsum(dO * M) - D r
+//     P' = P * (S' - r)    T = P * ((S' - r) * (dP - D) + dO C^T - E)
 //     Q' = s (dS B + T K)    K' = s (dS^T A + T^T Q)    V' = P'^T dO
 // A task has the queries of a chunk and goes twice through the keys that they see: first for r, E and O', its
 // cotangent of dO, which is also the derivative of the output along (A, B, C); then for the others. It shares
@@ -51,7 +51,7 @@ void summarize(const Tiles<C>& t, int64_t keys, int64_t columns, const C* lse, C
         const vec<C> l = load(lse + c);
         vec<C> sum{};
         for (int64_t i = c; i < keys * kQueries; i += kQueries) {
-            const vec<C> p = power(load(t.p + i) - l), ps = p * load(t.s1 + i);
+            const vec<C> p = weight<C>(load(t.p + i), l), ps = p * load(t.s1 + i);
             sum += ps;
             store(t.p + i, p);
             store(t.s1 + i, ps);
@@ -67,23 +67,22 @@ void differentiate(const Tiles<C>& t, int64_t keys, int64_t columns, const C* ls
     for (int64_t c = 0; c < columns; c += lanes<C>) {
         const vec<C> l = load(lse + c), d = load(delta + c), of_r = load(r + c), of_e = load(e + c);
         for (int64_t i = c; i < keys * kQueries; i += kQueries) {
-            const vec<C> p = power(load(t.p + i) - l), s1 = load(t.s1 + i), d_p = load(t.d_p + i),
-                         difference = d_p - d;
-            store(t.g + i, p * (s1 * difference - of_r * d_p + load(t.g + i) - of_e));
+            const vec<C> p = weight<C>(load(t.p + i), l), s = load(t.s1 + i) - of_r,
+                         difference = load(t.d_p + i) - d;
+            store(t.g + i, p * (s * difference + load(t.g + i) - of_e));
             store(t.d_p + i, p * difference * kUnit<C>);
-            store(t.p + i, p * (s1 - of_r));
+            store(t.p + i, p * s);
         }
     }
 }
 
 template <class C>
-class Task {
-  public:
-    Task(const Call<C>& call, const Keys<C>& keys, const Queries& queries, int64_t group)
+struct Task {
+    Task(const Call<C>& call, const Keys<C>& packed, const Queries& own, int64_t index)
         : c(call),
-          keys(keys),
-          queries(queries),
-          group(group),
+          keys(packed),
+          queries(own),
+          group(index),
           rows(queries.rows()),
           padded(round_up(rows, kQueries)),
           D(c.s.D),
@@ -123,7 +122,7 @@ class Task {
         for (int64_t row = 0; row < rows; ++row) {
             const int64_t position = queries.position(row), head = queries.head(row);
             C* m = sum + row * stride;
-            e[row] = dot(m, of.d_o + row * stride, D) - 2 * of.delta[row] * r[row];
+            e[row] = dot(m, of.d_o + row * stride, D) - of.delta[row] * r[row];
             if (!c.do_bar) continue;
             c.outcome.o.read(queries.b, position, head, D, r[row], o);
             for (int64_t d = 0; d < D; d += lanes<C>) store(m + d, load(m + d) - load(o + d));
@@ -170,7 +169,6 @@ class Task {
                           c.outcome.scale);
     }
 
-  private:
     static constexpr int N = kColumns<C>;
 
     Range rows_from(int64_t row) const { return {row, least(row + kQueries, rows)}; }

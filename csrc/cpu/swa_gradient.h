@@ -21,6 +21,14 @@ inline C dot(const C* a, const C* b, int64_t D) {
     return sum_lanes<C>(sum);
 }
 
+// P from a score and its row's lse: at most 1, however far rounding brings scores that are huge above their
+// lse.
+template <class C>
+inline vec<C> weight(vec<C> score, vec<C> lse) {
+    const vec<C> x = score - lse, zero{};
+    return power(select<C>(x > zero, zero, x));
+}
+
 // A task's query rows: those of q (times scale and kUnit) and of d_o, both also as panels; lse in kUnit and
 // delta = rowsum(d_o * o).
 template <class C>

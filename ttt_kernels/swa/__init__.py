@@ -86,7 +86,9 @@ def sliding_window_attention(
     Query i stands at key position Tk - Tq + i. A query that sees no valid key gives 0, with zero gradients.
 
     Args:
-        q: (B, Tq, Hq, D), any floating dtype; softmax statistics are float32 (float64 for float64).
+        q: (B, Tq, Hq, D), any floating dtype; softmax statistics are float32 (float64 for float64). Weights of
+            keys that a query does not see are zeros in a product, so those must hold finite values, but for the
+            keys that `key_lengths` hides.
         k, v: (B, Tk, Hk, D), q's dtype; Tk >= Tq, and Hq a multiple of Hk: query head h uses head
             h // (Hq / Hk).
         window: keys that a query sees at most, itself included; None for all up to its position.
@@ -103,10 +105,10 @@ def sliding_window_attention(
 
     Raises:
         ValueError: an argument has an unsuitable shape, dtype, device or value, or the backend cannot serve
-            the call. The values of key_lengths and cu_seqlens are checked for CPU tensors outside
-            torch.compile.
+            the call. The numbers in key_lengths and cu_seqlens are checked for CPU tensors (inside
+            torch.compile by the cpu backend only).
     """
-    check.arguments("sliding_window_attention", q, k, v, window, key_lengths, cu_seqlens)
+    check.arguments("sliding_window_attention", q, k, v, window, scale, key_lengths, cu_seqlens)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     chosen = operator.select(backend, q, k, v, key_lengths, cu_seqlens)
     return operator.forward(q, k, v, key_lengths, cu_seqlens, window, scale, 0, backend=chosen)[0]
@@ -142,7 +144,7 @@ def sliding_window_attention_jvp(
             the call.
     """
     name = "sliding_window_attention_jvp"
-    check.arguments(name, q, k, v, window, key_lengths, cu_seqlens)
+    check.arguments(name, q, k, v, window, scale, key_lengths, cu_seqlens)
     tangents.check(name, q=(q, q_dot), k=(k, k_dot), v=(v, v_dot))
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     tensors = (q, k, v, q_dot, k_dot, v_dot, key_lengths, cu_seqlens)

@@ -14,24 +14,55 @@ def arguments(
     k: Tensor,
     v: Tensor,
     window: int | None,
+    scale: float | None,
     key_lengths: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
     """Every documented `ValueError` about the arguments of attention.
 
-    The values of key_lengths and cu_seqlens are read only where that is free: eagerly, on the processor.
+    The numbers in key_lengths and cu_seqlens are read only where that is free: eagerly, on the processor.
     """
     checks.floating(name, q=q, k=k, v=v)
     checks.same_device(name, q=q, k=k, v=v)
     _shapes(name, q, k, v)
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise ValueError(f"{name}: window is {window!r}; accepted are integers of at least 1, and None")
+    if window is not None and (
+        isinstance(window, bool) or not isinstance(window, int) or not 1 <= window < 2**63
+    ):
+        raise ValueError(f"{name}: window is {window!r}; accepted are integers from 1 to 2**63 - 1, and None")
+    if isinstance(scale, Tensor):
+        raise ValueError(
+            f"{name}: scale is a tensor of shape {checks.shape(scale)}; accepted are a number, which has no "
+            f"gradient, and None"
+        )
     if key_lengths is not None:
         _integers(name, "key_lengths", key_lengths, q)
-        _key_lengths(name, key_lengths, q.shape[0], k.shape[1])
+        if key_lengths.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"{name}: key_lengths has shape {checks.shape(key_lengths)}; accepted is one number per "
+                f"sequence, ({q.shape[0]},)"
+            )
     if cu_seqlens is not None:
         _integers(name, "cu_seqlens", cu_seqlens, q)
-        _cu_seqlens(name, cu_seqlens, q, k)
+        _packing(name, cu_seqlens, q, k)
+    if all(_free_to_read(t) for t in (key_lengths, cu_seqlens) if t is not None):
+        values(name, k.shape[1], key_lengths, cu_seqlens)
+
+
+def values(name: str, keys: int, key_lengths: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """The `ValueError`s about the numbers in key_lengths and cu_seqlens, for that many keys."""
+    if key_lengths is not None and key_lengths.numel():
+        lengths = key_lengths.tolist()
+        if not 0 <= min(lengths) <= max(lengths) <= keys:
+            raise ValueError(
+                f"{name}: key_lengths is {lengths}; accepted are numbers of keys from 0 to {keys}"
+            )
+    if cu_seqlens is not None:
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != keys or ends != sorted(ends):
+            raise ValueError(
+                f"{name}: cu_seqlens is {ends}; accepted are boundaries that start at 0, do not fall, and end "
+                f"at the length {keys}"
+            )
 
 
 def _shapes(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -76,25 +107,14 @@ def _integers(name: str, label: str, t: Any, q: Tensor) -> None:
         raise ValueError(f"{name}: {label} is on {t.device} but q is on {q.device}")
 
 
-def _values(t: Tensor) -> list[int] | None:
-    """The numbers in t, or None where reading them would cost a synchronization or a graph break."""
+def _free_to_read(t: Tensor) -> bool:
+    """Whether the numbers in t can be read without a synchronization or a graph break."""
     if torch.compiler.is_compiling() or t.device.type != "cpu" or type(t) is not Tensor:
-        return None
-    return None if torch._C._functorch.is_functorch_wrapped_tensor(t) else t.tolist()
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
-def _key_lengths(name: str, key_lengths: Tensor, batch: int, keys: int) -> None:
-    if key_lengths.shape[0] != batch:
-        raise ValueError(
-            f"{name}: key_lengths has shape {checks.shape(key_lengths)}; accepted is one number per "
-            f"sequence, ({batch},)"
-        )
-    values = _values(key_lengths)
-    if values and not 0 <= min(values) <= max(values) <= keys:
-        raise ValueError(f"{name}: key_lengths is {values}; accepted are numbers of keys from 0 to {keys}")
-
-
-def _cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor, k: Tensor) -> None:
+def _packing(name: str, cu_seqlens: Tensor, q: Tensor, k: Tensor) -> None:
     if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
         raise ValueError(
             f"{name}: cu_seqlens is given with q of shape {checks.shape(q)} and k of shape {checks.shape(k)}"
@@ -103,10 +123,4 @@ def _cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor, k: Tensor) -> None:
     if cu_seqlens.shape[0] < 2:
         raise ValueError(
             f"{name}: cu_seqlens has shape {checks.shape(cu_seqlens)}; accepted are at least two numbers"
-        )
-    values = _values(cu_seqlens)
-    if values and (values[0] != 0 or values[-1] != k.shape[1] or values != sorted(values)):
-        raise ValueError(
-            f"{name}: cu_seqlens is {values}; accepted are boundaries that start at 0, do not fall, and end "
-            f"at the length {k.shape[1]}"
         )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ttt_kernels.extension import compute_dtype, dtype_code, kernels
+from ttt_kernels.swa import check
 from ttt_kernels.swa.visible import first_keys
 
 
@@ -38,6 +39,8 @@ def forward(
     key_start: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.forward`."""
+    # In compiled code nobody has read the numbers yet.
+    check.values("sliding_window_attention", k.shape[1], key_lengths, cu_seqlens)
     q, k, v = _rows(q), _rows(k), _rows(v)
     b, tq, heads, d = q.shape
     first, first_b = _first_keys(q, k, key_lengths, cu_seqlens, window)

@@ -19,6 +19,12 @@ _KERNELS = {
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _VECTORS = {"p_lengths": "*i32", "p_first": "*i32", "p_end": "*i32"}
 """Which keys are seen, where the window does not say."""
+_OPTIONAL = {
+    **{name: (name,) for name in ("t_dq", "t_dv", "t_a", "t_b", "t_c", "t_dobar", "t_vbar")},
+    "t_dk": ("t_dk", "p_delta"),
+    "t_kbar": ("t_kbar", "p_e", "p_delta"),
+}
+"""Result or cotangent that may be missing -> the arguments that are missing then."""
 
 
 def _arguments(name: str, kernel: Any, dtype: torch.dtype, head_dim: int, packed: bool) -> dict[str, Any]:
@@ -43,11 +49,18 @@ def _results(arguments: dict[str, Any], dtype: torch.dtype, head_dim: int) -> li
     sums = [argument for argument in arguments if argument in ("t_dk", "t_dv", "t_kbar", "t_vbar")]
     if not sums or sums_both(head_dim, dtype):
         return [arguments]
-    return [{**arguments, missing: Constant(None)} for missing in sums]
+    return [_without(arguments, _OPTIONAL[missing]) for missing in sums]
+
+
+def _without(arguments: dict[str, Any], missing: tuple[str, ...]) -> dict[str, Any]:
+    return {name: Constant(None) if name in missing else kind for name, kind in arguments.items()}
 
 
 def cases(arch: int) -> list[Case]:
-    """All kernels for an architecture (80 is sm_80): every configuration, and special cases of each kernel."""
+    """All kernels for an architecture (80 is sm_80): every configuration, and special cases of each kernel.
+
+    A variant such as `bf16 64 -t_a` lacks a result or a cotangent.
+    """
     plain = [(dtype, d, False) for dtype in (torch.bfloat16, torch.float32) for d in (64, 80, 128, 256)]
     special = [(torch.float16, 64, False), (torch.bfloat16, 64, True)]
     found = []
@@ -61,4 +74,11 @@ def cases(arch: int) -> list[Case]:
                     Case(f"swa.{name}", variant, kernel, arguments, config, dtype != torch.float32)
                     for arguments in _results(everything, dtype, head_dim)
                 ]
+        everything = _arguments(name, kernel, torch.bfloat16, 64, False)
+        config = configs(name, 64, torch.bfloat16, arch)[0]
+        found += [
+            Case(f"swa.{name}", f"bf16 64 -{missing}", kernel, _without(everything, also), config, True)
+            for missing, also in _OPTIONAL.items()
+            if missing in everything
+        ]
     return found

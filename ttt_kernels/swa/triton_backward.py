@@ -37,8 +37,12 @@ from ttt_kernels.swa.triton_visible import (
 def weights(
     b_s, b_lse, b_i, b_j, p_first, low, Tq, Tk, window, scale, EDGE: tl.constexpr
 ):  # fmt: skip
-    """P from Q K^T, lse and the indices, which all have shapes that broadcast to the tile's."""
-    b_p = tl.exp2(b_s * (scale * LOG2E) - b_lse * LOG2E)
+    """P from Q K^T, lse and the indices, which all have shapes that broadcast to the tile's.
+
+    At most 1, however far rounding brings scores that are huge above their lse.
+    """
+    b_x = b_s * (scale * LOG2E) - b_lse * LOG2E
+    b_p = tl.exp2(tl.minimum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL))
     if EDGE:
         b_p = tl.where(seen(b_i, b_j, p_first, low, Tq, Tk, window), b_p, 0.0)
     return b_p

@@ -3,9 +3,10 @@
 With the cotangents A, B, C of dQ, dK, dV (None where zero) and the formulas of `reference.double_backward`,
 `along` computes dO_bar and the statistics r and E of the rows. Its accumulator is M = (P * S') V + P C, so that
 
-    dO_bar = M - r O        E = rowsum(P * S' * dP) - 2 D r + rowsum(dO * (P C)) = rowsum(dO * M) - 2 D r
+    dO_bar = M - r O        E = rowsum(dO * dO_bar) = rowsum(dO * M) - D r
 
-without dP and dO C^T: rowsum(P * S' * (dO V^T)) is rowsum(dO * ((P * S') V)).
+and T = P * ((S' - r) * (dP - D) + dO C^T - E): neither sweep needs rowsum(P * S' * dP), since
+rowsum(P * S' * (dO V^T)) is rowsum(dO * ((P * S') V)).
 """
 
 import triton
@@ -121,15 +122,15 @@ def along(
         x_do = head_of(t_do, sequence, head)
         b_delta = row_sums(head_of(t_o, sequence, head), x_do, i, Tq, BQ, D, PIECES)
         store_statistic(p_delta + row, b_delta, i, Tq, BQ)
-        store_statistic(p_e + row, b_dom - 2 * b_delta * b_r, i, Tq, BQ)
+        store_statistic(p_e + row, b_dom - b_delta * b_r, i, Tq, BQ)
 
 
 @triton.jit
 def _gradients(b_p, b_s1, b_dp, b_doc, b_delta, b_r, b_e):
-    """dS = P * (dP - D) and T = P * (S' * (dP - D) - r dP + dO C^T - E), where S' and dO C^T may be None."""
+    """dS = P * (dP - D) and T = P * ((S' - r) * (dP - D) + dO C^T - E), where S' and dO C^T may be None."""
     b_g = -b_e
     if b_s1 is not None:
-        b_g = b_g + b_s1 * (b_dp - b_delta) - b_r * b_dp
+        b_g = b_g + (b_s1 - b_r) * (b_dp - b_delta)
     if b_doc is not None:
         b_g = b_g + b_doc
     return b_p * (b_dp - b_delta), b_p * b_g

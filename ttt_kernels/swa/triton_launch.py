@@ -51,13 +51,14 @@ class Call:
             self.end = torch.searchsorted(first, keys, right=True).to(torch.int32)
             first = first.to(torch.int32)
         self.arguments: dict[str, Any] = {
-            "p_lengths": key_lengths, "p_first": first, "scale": scale, "Tq": tq, "Tk": tk,
+            "p_lengths": None if key_lengths is None else key_lengths.contiguous(), "p_first": first, "scale": scale, "Tq": tq, "Tk": tk,
             "window": min(window or tk, tk), "heads": heads, "group": heads // kv_heads,
             "D": d,
         }  # fmt: skip
         self.dtype, self.device = q.dtype, q.device
         self.query_heads, self.key_heads = b * heads, b * kv_heads
-        self.key = (q.dtype, d, heads // kv_heads, _span(window), tq <= _FEW)
+        full = self.query_heads * -(-tq // 64) >= _MANY
+        self.key = (q.dtype, d, heads // kv_heads, _span(self.arguments["window"]), tq <= _FEW, full)
 
     def by_queries(self, name: str, kernel: Any, **arguments: Any) -> None:
         """Launches a kernel that has a program per block of queries and head."""
@@ -85,12 +86,12 @@ class Call:
 
 _FEW = 128
 """Up to as many queries, tiles of queries are rather empty."""
+_MANY = 128
+"""As many blocks of 64 queries keep every multiprocessor of a large device busy."""
 
 
-def _span(window: int | None) -> str:
+def _span(window: int) -> str:
     """How many tiles of keys a block of queries visits, roughly."""
-    if window is None:
-        return "causal"
     return "short" if window <= 256 else "middle" if window <= 1024 else "long"
 
 

@@ -39,7 +39,8 @@ def head_of(t, sequence, head):
 def head_from(t, sequence, head, start):
     """`head_of` a tensor whose first row counts as row `start`; None for a tensor that is missing."""
     if t is None:
-        return None
+        # Triton 3.6 cannot return a None that is written out.
+        return
     else:
         p_first, stride = head_of(t, sequence, head)
         return p_first - tl.cast(start, tl.int64) * stride, stride
@@ -49,7 +50,7 @@ def head_from(t, sequence, head, start):
 def row_or_none(p_x, row):
     """The address of a row of statistics that may be missing."""
     if p_x is None:
-        return None
+        return
     else:
         return p_x + row
 

@@ -33,7 +33,7 @@ def lowest_key(p_lengths, sequence, Tk):
     """The first valid key of a sequence."""
     low = 0
     if p_lengths is not None:
-        low = Tk - tl.load(p_lengths + sequence).to(tl.int32)
+        low = tl.maximum(Tk - tl.load(p_lengths + sequence).to(tl.int32), 0)
     return low
 
 
