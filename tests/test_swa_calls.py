@@ -84,6 +84,41 @@ def test_compiles_without_a_break(backend: str, packed: bool) -> None:
     torch.testing.assert_close(grads[1], grads[0])
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_bad_boundaries_are_found_in_compiled_code_too(name: str) -> None:
+    q, k, v = (draw(1, 6, 2, 3, seed=i) for i in range(3))
+    compiled = torch.compile(
+        lambda ends: sliding_window_attention(q, k, v, cu_seqlens=ends, backend=name), backend="aot_eager"
+    )
+    compiled(torch.tensor([0, 2, 6]))
+    with pytest.raises(ValueError, match=re.escape("cu_seqlens is [0, 2, 100]; accepted")):
+        compiled(torch.tensor([0, 2, 100]))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_trace_computes_anew(backend: str) -> None:
+    call = lambda q, k, v: sliding_window_attention(q, k, v, window=4, backend=backend)  # noqa: E731
+    traced = torch.jit.trace(call, tuple(qkv()), check_trace=False)
+    torch.testing.assert_close(traced(*qkv(5)), call(*qkv(5)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_that_memory_holds_with_the_other_sign(backend: str) -> None:
+    q, k, v = qkv()
+    found = sliding_window_attention(q, k, torch._neg_view(v), **OPTIONS, backend=backend)
+    torch.testing.assert_close(found, -sliding_window_attention(q, k, v, **OPTIONS, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lengths_that_lie_apart(backend: str) -> None:
+    q, k, v = qkv()
+    lengths = torch.stack([LENGTHS, LENGTHS - 1], 1)[:, 0]
+    found = sliding_window_attention(q, k, v, key_lengths=lengths, backend=backend)
+    expected = sliding_window_attention(q, k, v, key_lengths=LENGTHS, backend=backend)
+    torch.testing.assert_close(found, expected)
+
+
 def third_order(backend: str) -> tuple[Tensor, list[Tensor]]:
     leaves = [t.requires_grad_() for t in qkv()]
     loss = sliding_window_attention(*leaves, **OPTIONS, backend=backend).square().sum()
@@ -243,6 +278,8 @@ PACKED = {"q": zeros(1, 6, 4, 8), "k": zeros(1, 6, 2, 8), "v": zeros(1, 6, 2, 8)
         ({"q": zeros(2, 8, 4, 8)}, "q has length 8 and k 7; accepted are at least as many keys"),
         ({"window": 0}, "window is 0; accepted are integers from 1"),
         ({"window": 2.0}, "window is 2.0; accepted"),
+        ({"window": 10**30}, f"window is {10**30}; accepted"),
+        ({"scale": torch.tensor(0.5)}, "scale is a tensor of shape (); accepted are a number"),
         ({"key_lengths": [7, 4]}, "key_lengths has type list; accepted is an int64 or int32 tensor"),
         ({"key_lengths": zeros(2)}, "key_lengths has dtype torch.float32 and shape (2,); accepted"),
         ({"key_lengths": torch.tensor(7)}, "key_lengths has dtype torch.int64 and shape (); accepted"),

@@ -1,15 +1,16 @@
 """Attention's Triton kernels, every order against float64: interpreted, or on a GPU where there is one."""
 
+import sys
+
 import numpy
 import pytest
 import torch
 from harness import assert_within_budget, draw, relative_error
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from small_model import model
 from torch import Tensor
 from torch.library import opcheck
-
-from small_model import model
 
 from engine.ops import Ops
 from ttt_kernels import backends, sliding_window_attention
@@ -257,6 +258,29 @@ def test_queries_without_keys_and_what_lies_there(dtype: torch.dtype) -> None:
         torch.arange(2)[:, None, None] == 1).to(DEVICE))  # fmt: skip
 
 
+def test_lengths_that_lie_apart() -> None:
+    q, k, v = (t.float() for t in qkv(2, 3, 5, 1, 1, 4))
+    lengths = numbers(3, 0, 5, 0)[::2]
+    found, expected = (
+        sliding_window_attention(q, k, v, key_lengths=lengths, backend=b) for b in ("triton", "reference")
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.slow
+def test_weights_are_at_most_one_however_large_the_scores() -> None:
+    """The float32 score of a query's only key differs from its lse by their rounding, which grows with them."""
+    q, k, v = (t.float() for t in qkv(1, 35, 35, 1, 1, 8))
+    leaves = [t.requires_grad_() for t in (1e9 * q, k, v)]
+    d_o = torch.ones_like(v).requires_grad_()
+    first = torch.autograd.grad(
+        sliding_window_attention(*leaves, window=1, backend="triton"), leaves, d_o, create_graph=True
+    )
+    assert first[2].detach().abs().max() <= 1
+    second = torch.autograd.grad(first, d_o, [torch.zeros_like(t) for t in leaves[:2]] + [torch.ones_like(v)])
+    assert second[0].abs().max() <= 1
+
+
 def test_large_scores_do_not_overflow() -> None:
     q, k, v = (t.float() for t in qkv(1, 40, 40, 1, 1, 8))
     found = sliding_window_attention(q, k, v, scale=1000.0, backend="triton")
@@ -340,7 +364,7 @@ def test_tensors_of_the_processor_are_interpreted_only_on_request(monkeypatch: p
 
 
 def test_the_engine_uses_it_wherever_tensors_are_not_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ttt_kernels.backends._on_cpu", lambda tensors: False)
+    monkeypatch.setattr(sys.modules["ttt_kernels.backends"], "_on_cpu", lambda tensors: False)
     ops = Ops(model().to(DEVICE), None)
     monkeypatch.undo()
     calls = []

@@ -51,7 +51,8 @@ class Call:
             self.end = torch.searchsorted(first, keys, right=True).to(torch.int32)
             first = first.to(torch.int32)
         self.arguments: dict[str, Any] = {
-            "p_lengths": None if key_lengths is None else key_lengths.contiguous(), "p_first": first, "scale": scale, "Tq": tq, "Tk": tk,
+            "p_lengths": None if key_lengths is None else key_lengths.contiguous(), "p_first": first,
+            "scale": scale, "Tq": tq, "Tk": tk,
             "window": min(window or tk, tk), "heads": heads, "group": heads // kv_heads,
             "D": d,
         }  # fmt: skip
