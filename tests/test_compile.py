@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +69,20 @@ def test_kernels_compile_for_every_architecture(kernel: str) -> None:
         rows = [line.split() for line in done.stdout.splitlines() if f" {arch} " in line]
         assert rows
         assert all(row[-1] == instruction for row in rows), done.stdout
+
+
+@pytest.mark.slow
+def test_launches_bind_their_arguments() -> None:
+    script = Path(__file__).with_name("launches.py")
+    path = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path},
+        check=False,
+    )
+    assert done.stdout == "launched\n", done.stdout + done.stderr
 
 
 @pytest.mark.slow
