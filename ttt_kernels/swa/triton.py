@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ttt_kernels.backends import refuse_on_triton
-from ttt_kernels.swa.triton_configs import HEAD_DIM, sums_both
+from ttt_kernels.swa.triton_configs import HEAD_DIM, parts, sums_both
 
 
 def refuse(tensors: tuple[Tensor, ...]) -> str | None:
@@ -146,13 +146,15 @@ def double_backward(
         **shared, t_o=located(o), t_dobar=located_or_none(dobar), SHIFTED=shifted,
     )  # fmt: skip
     if qbar is not None:
-        call.by_queries(
-            "double_backward_queries", triton_double_backward.queries,
-            **shared, t_qbar=located(qbar), SHIFTED=shifted,
-        )  # fmt: skip
+        for first, count in parts("double_backward_queries", q.shape[3], q.dtype):
+            call.by_queries(
+                "double_backward_queries", triton_double_backward.queries,
+                **shared, t_qbar=located(qbar), SHIFTED=shifted, FIRST=first, COUNT=count,
+            )  # fmt: skip
     for t_kbar, t_vbar in _launches(located_or_none(kbar), located_or_none(vbar), q):
-        call.by_keys(
-            "double_backward_keys", triton_double_backward.keys, k.shape[1],
-            **shared, t_kbar=t_kbar, t_vbar=t_vbar,
-        )  # fmt: skip
+        for first, count in parts("double_backward_keys", q.shape[3], q.dtype):
+            call.by_keys(
+                "double_backward_keys", triton_double_backward.keys, k.shape[1],
+                **shared, t_kbar=t_kbar, t_vbar=t_vbar, FIRST=first, COUNT=count,
+            )  # fmt: skip
     return dobar, qbar, kbar, vbar

@@ -6,7 +6,7 @@ import torch
 
 from ttt_kernels.aot import Case, Constant
 from ttt_kernels.swa import triton_backward, triton_double_backward, triton_forward
-from ttt_kernels.swa.triton_configs import configs, pieces, sums_both
+from ttt_kernels.swa.triton_configs import configs, parts, pieces, sums_both
 
 _KERNELS = {
     "forward": triton_forward.attention,
@@ -39,7 +39,14 @@ def _arguments(name: str, kernel: Any, dtype: torch.dtype, head_dim: int, packed
             found[argument] = "*fp32"
         elif argument not in ("BQ", "BK"):
             found[argument] = "i32"
-    constants = {"D": head_dim, "PIECES": pieces(name, head_dim, dtype), "SHIFTED": packed}
+    first, count = parts(name, head_dim, dtype)[-1]
+    constants = {
+        "D": head_dim,
+        "PIECES": pieces(name, head_dim, dtype),
+        "SHIFTED": packed,
+        "FIRST": first,
+        "COUNT": count,
+    }
     given = {name: Constant(value) for name, value in constants.items() if name in found}
     return {**found, "scale": "fp32", **given}
 
@@ -77,7 +84,15 @@ def cases(arch: int) -> list[Case]:
         everything = _arguments(name, kernel, torch.bfloat16, 64, False)
         config = configs(name, 64, torch.bfloat16, arch)[0]
         found += [
-            Case(f"swa.{name}", f"bf16 64 -{missing}", kernel, _without(everything, also), config, True)
+            # Without dQ there is nothing to multiply.
+            Case(
+                f"swa.{name}",
+                f"bf16 64 -{missing}",
+                kernel,
+                _without(everything, also),
+                config,
+                missing != "t_dq",
+            )
             for missing, also in _OPTIONAL.items()
             if missing in everything
         ]

@@ -34,6 +34,18 @@ def sums_both(head_dim: int, dtype: torch.dtype) -> bool:
     return head_dim <= SHARED_HEAD_DIM and dtype != torch.float32
 
 
+def parts(kernel: str, head_dim: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """First piece and number of pieces of what each launch of a kernel of the double backward sums.
+
+    Of wide heads registers do not hold sums of all.
+    """
+    count = len(pieces(kernel, head_dim, dtype))
+    if dtype == torch.float32 or head_dim <= SHARED_HEAD_DIM:
+        return [(0, count)]
+    step = 1 if kernel == "double_backward_keys" else 2
+    return [(first, min(step, count - first)) for first in range(0, count, step)]
+
+
 def config(queries: int, keys: int, warps: int, stages: int) -> Config:
     """Tiles of so many queries and keys."""
     return Config((("BQ", queries), ("BK", keys)), warps, stages)
@@ -44,8 +56,8 @@ _INTERPRETED = (config(16, 32, 1, 1),)
 
 _NARROW = {
     "forward": {
-        64: (config(64, 64, 4, 3), config(128, 64, 8, 3)),
-        128: (config(64, 64, 4, 2), config(128, 64, 8, 2)),
+        64: (config(64, 64, 4, 3), config(128, 64, 8, 3), config(128, 128, 8, 2)),
+        128: (config(64, 64, 4, 2), config(128, 64, 8, 3), config(128, 128, 8, 2)),
         256: (config(64, 32, 4, 2),),
     },
     "backward_queries": {
@@ -64,7 +76,7 @@ _NARROW = {
         256: (config(64, 16, 4, 1),),
     },
     "double_backward_queries": {
-        64: (config(64, 64, 4, 2), config(128, 64, 8, 2)),
+        64: (config(64, 64, 4, 1), config(128, 64, 8, 2)),
         128: (config(64, 32, 4, 1), config(128, 32, 8, 2)),
         256: (config(64, 16, 4, 1),),
     },
@@ -81,36 +93,46 @@ ways and moves the sums between them in every step (seen in its intermediate cod
 """
 
 _AMPERE = {
-    "forward": {64: (config(64, 64, 4, 3),), 128: (config(64, 32, 4, 2),), 256: (config(64, 32, 8, 1),)},
+    "forward": {64: (config(64, 64, 4, 3),), 128: (config(64, 32, 4, 2),), 256: (config(64, 16, 8, 1),)},
     "backward_queries": {
         64: (config(64, 32, 4, 2),),
         128: (config(64, 32, 8, 2),),
         256: (config(32, 32, 8, 1),),
     },
     "backward_keys": {
-        64: (config(32, 64, 4, 2),),
+        64: (config(32, 32, 4, 2),),
         128: (config(32, 64, 8, 1),),
         256: (config(16, 32, 8, 1),),
     },
     "along": {64: (config(64, 32, 8, 2),), 128: (config(64, 32, 8, 1),), 256: (config(32, 16, 8, 1),)},
     "double_backward_queries": {
         64: (config(64, 32, 4, 1),),
-        128: (config(32, 32, 8, 1),),
+        128: (config(32, 16, 8, 1),),
         256: (config(32, 16, 8, 1),),
     },
     "double_backward_keys": {
-        64: (config(32, 64, 8, 1),),
+        64: (config(16, 64, 8, 1),),
         128: (config(16, 32, 8, 1),),
-        256: (config(16, 32, 8, 1),),
+        256: (config(16, 16, 8, 1),),
     },
 }
 """As `_NARROW`, for devices before Hopper, where factors of products are in registers."""
 
 _BLACKWELL = {
     **_NARROW,
+    "backward_keys": {
+        **_NARROW["backward_keys"],
+        64: (config(32, 64, 4, 1), config(64, 128, 8, 1)),
+        128: (config(32, 64, 4, 1), config(64, 128, 8, 1)),
+    },
+    "double_backward_queries": {
+        **_NARROW["double_backward_queries"],
+        64: (config(64, 32, 4, 1), config(128, 64, 8, 1)),
+    },
     "double_backward_keys": {
         **_NARROW["double_backward_keys"],
         64: (config(32, 128, 8, 1), config(64, 128, 8, 1)),
+        256: (config(16, 64, 8, 1),),
     },
 }
 """As `_NARROW`, for devices from sm_100 on."""

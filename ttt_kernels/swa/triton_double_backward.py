@@ -141,7 +141,7 @@ def _query_tile(
     b_acc, b_q, b_a, b_do, b_lse, b_delta, b_r, b_e, x_k, x_v, x_b, x_c, i, j, p_first, low, Tq, Tk, window,
     key_start, scale,
     BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, EDGE: tl.constexpr,
-    SHIFTED: tl.constexpr,
+    SHIFTED: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """Adds dS B + T K of the keys [j, j + BK)."""
     b_k = load_rows(x_k, j, low, Tk, BK, D, PIECES, EDGE)
@@ -165,9 +165,9 @@ def _query_tile(
         b_c = load_rows(x_c, j, tl.maximum(low, key_start), Tk, BK, D, PIECES, EDGE or SHIFTED)
         b_doc = product_t(b_do, b_c, BQ, BK, D)
     b_ds, b_t = _gradients(b_p, b_s1, b_dp, b_doc, b_delta, b_r, b_e)
-    b_acc = add_product(b_acc, b_t, b_k, D)
+    b_acc = add_product(b_acc, b_t, b_k, D, FIRST)
     if b_b is not None:
-        b_acc = add_product(b_acc, b_ds, b_b, D)
+        b_acc = add_product(b_acc, b_ds, b_b, D, FIRST)
     return b_acc
 
 
@@ -176,8 +176,9 @@ def queries(
     t_q, t_k, t_v, t_do, t_a, t_b, t_c, t_qbar, p_lse, p_r, p_e, p_delta, p_lengths, p_first,
     scale, Tq, Tk, window, key_start, heads, group,
     BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, SHIFTED: tl.constexpr,
+    FIRST: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Q_bar = s (dS B + T K)."""
+    """Q_bar = s (dS B + T K), COUNT pieces of it from piece FIRST on."""
     sequence, head, i = query_block(heads, Tq, BQ)
     row = (sequence * heads + head).to(tl.int64) * Tq
     low = lowest_key(p_lengths, sequence, Tk)
@@ -195,15 +196,15 @@ def queries(
     b_e = load_statistic(p_e + row, i, Tq, 0.0, BQ, True)[:, None]
     b_delta = load_statistic(p_delta + row, i, Tq, 0.0, BQ, True)[:, None]
     span = key_range(i, p_first, low, Tq, Tk, window, BQ, BK)
-    b_acc = zero_rows(BQ, PIECES)
+    b_acc = zero_rows(BQ, PIECES, FIRST, COUNT)
     for EDGE in tl.static_range(2):
         for index in tl.range(tiles(span, BK, EDGE), disable_licm=True):
             b_acc = _query_tile(
                 b_acc, b_q, b_a, b_do, b_lse, b_delta, b_r, b_e, x_k, x_v, x_b, x_c, i,
                 tile_start(span, index, BK, EDGE), p_first, low, Tq, Tk, window, key_start, scale,
-                BQ, BK, D, PIECES, EDGE, SHIFTED,
+                BQ, BK, D, PIECES, EDGE, SHIFTED, FIRST,
             )  # fmt: skip
-    store_rows(head_of(t_qbar, sequence, head), scaled(b_acc, scale), i, Tq, BQ, D, PIECES)
+    store_rows(head_of(t_qbar, sequence, head), scaled(b_acc, scale), i, Tq, BQ, D, PIECES, FIRST)
 
 
 @triton.jit
@@ -211,7 +212,7 @@ def _key_tile(
     b_kbar, b_vbar, b_k, b_v, b_b, b_c, x_q, x_do, x_a, p_lse, p_r, p_e, p_delta, i, j, p_first, low,
     Tq, Tk, window, scale,
     BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, EDGE: tl.constexpr,
-    KBAR: tl.constexpr, VBAR: tl.constexpr,
+    KBAR: tl.constexpr, VBAR: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """Adds dS^T A + T^T Q and P'^T dO of the queries [i, i + BQ). Tiles stand as (keys, queries)."""
     b_q = load_rows(x_q, i, 0, Tq, BQ, D, PIECES, EDGE)
@@ -232,7 +233,7 @@ def _key_tile(
         b_s1 = b_s1 * scale
     b_do = load_rows(x_do, i, 0, Tq, BQ, D, PIECES, EDGE)
     if VBAR and b_s1 is not None:
-        b_vbar = add_product(b_vbar, b_p * (b_s1 - b_r), b_do, D)
+        b_vbar = add_product(b_vbar, b_p * (b_s1 - b_r), b_do, D, FIRST)
     if KBAR:
         b_e = load_statistic(p_e, i, Tq, 0.0, BQ, EDGE)[None, :]
         b_delta = load_statistic(p_delta, i, Tq, 0.0, BQ, EDGE)[None, :]
@@ -241,9 +242,9 @@ def _key_tile(
         if b_c is not None:
             b_doc = product_t(b_c, b_do, BK, BQ, D)
         b_ds, b_t = _gradients(b_p, b_s1, b_dp, b_doc, b_delta, b_r, b_e)
-        b_kbar = add_product(b_kbar, b_t, b_q, D)
+        b_kbar = add_product(b_kbar, b_t, b_q, D, FIRST)
         if b_a is not None:
-            b_kbar = add_product(b_kbar, b_ds, b_a, D)
+            b_kbar = add_product(b_kbar, b_ds, b_a, D, FIRST)
     return b_kbar, b_vbar
 
 
@@ -252,8 +253,12 @@ def keys(
     t_q, t_k, t_v, t_do, t_a, t_b, t_c, t_kbar, t_vbar, p_lse, p_r, p_e, p_delta, p_lengths, p_first, p_end,
     scale, Tq, Tk, window, key_start, heads, group,
     BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr,
+    FIRST: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """K_bar = s (dS^T A + T^T Q) and V_bar = P'^T dO of all keys (each unless its tensor is None)."""
+    """K_bar = s (dS^T A + T^T Q) and V_bar = P'^T dO of all keys (each unless its tensor is None).
+
+    COUNT pieces of them from piece FIRST on.
+    """
     sequence, kv_head, j = key_block(heads // group, 0, Tk, BK)
     low = lowest_key(p_lengths, sequence, Tk)
     b_k = load_block(head_of(t_k, sequence, kv_head), j, low, Tk, BK, D, PIECES)
@@ -267,8 +272,8 @@ def keys(
         x_c = head_from(t_c, sequence, kv_head, key_start)
         b_c = load_block(x_c, j, tl.maximum(low, key_start), Tk, BK, D, PIECES)
     span = query_range(j, p_end, low, Tq, Tk, window, BQ, BK)
-    b_kbar = zero_rows(BK, PIECES)
-    b_vbar = zero_rows(BK, PIECES)
+    b_kbar = zero_rows(BK, PIECES, FIRST, COUNT)
+    b_vbar = zero_rows(BK, PIECES, FIRST, COUNT)
     for member in range(group):
         head = kv_head * group + member
         row = (sequence * heads + head).to(tl.int64) * Tq
@@ -281,9 +286,9 @@ def keys(
                     b_kbar, b_vbar, b_k, b_v, b_b, b_c, x_q, x_do, x_a, p_lse + row, p_r + row,
                     row_or_none(p_e, row), row_or_none(p_delta, row), tile_start(span, index, BQ, EDGE), j,
                     p_first, low, Tq, Tk, window, scale,
-                    BQ, BK, D, PIECES, EDGE, t_kbar is not None, t_vbar is not None,
+                    BQ, BK, D, PIECES, EDGE, t_kbar is not None, t_vbar is not None, FIRST,
                 )  # fmt: skip
     if t_kbar is not None:
-        store_rows(head_of(t_kbar, sequence, kv_head), scaled(b_kbar, scale), j, Tk, BK, D, PIECES)
+        store_rows(head_of(t_kbar, sequence, kv_head), scaled(b_kbar, scale), j, Tk, BK, D, PIECES, FIRST)
     if t_vbar is not None:
-        store_rows(head_of(t_vbar, sequence, kv_head), b_vbar, j, Tk, BK, D, PIECES)
+        store_rows(head_of(t_vbar, sequence, kv_head), b_vbar, j, Tk, BK, D, PIECES, FIRST)

@@ -143,11 +143,12 @@ def store_piece(
 
 
 @triton.jit
-def store_rows(x, b_x, start, high, ROWS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr):
-    """Stores float32 rows [start, start + ROWS) that are below `high` in the tensor's dtype."""
-    for i in tl.static_range(len(PIECES)):
-        store_piece(x, b_x[i], start, high, i, ROWS, D, PIECES)
-        settle()
+def store_rows(
+    x, b_x, start, high, ROWS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, FIRST: tl.constexpr = 0
+):
+    """Stores float32 rows [start, start + ROWS) that are below `high` in the tensor's dtype, from piece FIRST on."""
+    for i in tl.static_range(len(b_x)):
+        store_piece(x, b_x[i], start, high, FIRST + i, ROWS, D, PIECES)
 
 
 @triton.jit
@@ -217,26 +218,26 @@ def add_product_t(b_sum, b_x, b_y, D: tl.constexpr):
 
 
 @triton.jit
-def add_product(b_sum, b_w, b_x, D: tl.constexpr):
-    """Rows of sums in pieces, b_sum + W X; W is rounded to X's dtype for the product."""
+def add_product(b_sum, b_w, b_x, D: tl.constexpr, FIRST: tl.constexpr = 0):
+    """Rows of sums, b_sum + W X in the pieces from FIRST on; W is rounded to X's dtype for the product."""
     b_out = ()
     if _located(b_x[0].dtype):
         for i in tl.static_range(len(b_sum)):
-            b_product = _dot(b_w, _load_columns(b_x, 16 * i, b_w.shape[1], D), b_sum[i])
+            b_product = _dot(b_w, _load_columns(b_x, 16 * (FIRST + i), b_w.shape[1], D), b_sum[i])
             b_out = b_out + (_computed(b_product),)
     else:
         b_w = narrow(b_w, b_x[0].dtype)
-        for i in tl.static_range(len(b_x)):
-            b_out = b_out + (_dot(b_w, b_x[i], b_sum[i]),)
+        for i in tl.static_range(len(b_sum)):
+            b_out = b_out + (_dot(b_w, b_x[FIRST + i], b_sum[i]),)
     return b_out
 
 
 @triton.jit
-def zero_rows(ROWS: tl.constexpr, PIECES: tl.constexpr):
-    """Rows of float32 zeros in pieces."""
+def zero_rows(ROWS: tl.constexpr, PIECES: tl.constexpr, FIRST: tl.constexpr = 0, COUNT: tl.constexpr = None):
+    """Rows of float32 zeros in pieces, in COUNT of them (all where None) from piece FIRST on."""
     b_x = ()
-    for i in tl.static_range(len(PIECES)):
-        b_x = b_x + (tl.zeros((ROWS, size(PIECES, i)), tl.float32),)
+    for i in tl.static_range(len(PIECES) if COUNT is None else COUNT):
+        b_x = b_x + (tl.zeros((ROWS, size(PIECES, FIRST + i)), tl.float32),)
     return b_x
 
 
