@@ -64,9 +64,13 @@ def test_opcheck_of_unwanted_results(backend: str, wanted: int) -> None:
     opcheck(torch.ops.ttt_kernels.swa_backward.default, (*arguments, flags, name))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "compiler"),
+    [(b, "aot_eager") for b in BACKENDS]
+    + [pytest.param(b, "inductor", marks=pytest.mark.slow) for b in KERNELS],
+)
 @pytest.mark.parametrize("packed", [False, True])
-def test_compiles_without_a_break(backend: str, packed: bool) -> None:
+def test_compiles_without_a_break(backend: str, packed: bool, compiler: str) -> None:
     options: dict = {"window": 4, "backend": backend}
     if packed:
         inputs, extra = [draw(1, 7, 2, 3, seed=i) for i in range(3)], {"cu_seqlens": torch.tensor([0, 3, 7])}
@@ -77,7 +81,7 @@ def test_compiles_without_a_break(backend: str, packed: bool) -> None:
     def call(q: Tensor, k: Tensor, v: Tensor, extra: dict) -> Tensor:
         return sliding_window_attention(q, k, v, **options, **extra)
 
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=compiler)
     results = [f(*leaves, extra) for f in (call, compiled)]
     torch.testing.assert_close(results[1], results[0])
     grads = [torch.autograd.grad(o.square().sum(), leaves) for o in results]

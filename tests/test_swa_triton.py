@@ -207,14 +207,10 @@ def test_expanded_cotangents() -> None:
 
 
 @pytest.mark.slow
-def test_heads_too_wide_for_one_launch() -> None:
-    """Gradients of keys and values are summed one after the other; 144 = 128 + 16."""
-    q, k, v = (t.float() for t in qkv(1, 9, 9, 1, 1, 144))
-    o, lse = operator.forward(q, k, v, None, None, None, 0.1, 0, backend="reference")
-    given = [draw(*q.shape, seed=9).float().to(DEVICE), q, k, v, None, None, o, lse, None, 0.1, 0]
-    assert_close("backward", given, [True] * 3)
-    firsts = [draw(*t.shape, seed=3 + i).float().to(DEVICE) for i, t in enumerate((q, k, v))]
-    assert_close("double_backward", [*firsts, *given], [True] * 4)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_heads_too_wide_for_one_launch(dtype: torch.dtype) -> None:
+    """Gradients of keys and values are summed one after the other, and by parts; 144 = 64 + 64 + 16."""
+    assert_within_budget(on, qkv(1, 9, 9, 1, 1, 144), dtype, "triton")
 
 
 @pytest.mark.slow
