@@ -120,6 +120,11 @@ _AMPERE = {
 
 _BLACKWELL = {
     **_NARROW,
+    "forward": {
+        **_NARROW["forward"],
+        64: (config(64, 64, 4, 3), config(128, 64, 8, 3)),
+        128: (config(64, 64, 4, 2), config(128, 64, 8, 3)),
+    },
     "backward_keys": {
         **_NARROW["backward_keys"],
         64: (config(32, 64, 4, 1), config(64, 128, 8, 1)),
