@@ -24,23 +24,23 @@ _chosen: dict[str, dict[str, int]] = {}
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes of a kernel by name, warps of a program and stages of its loads."""
+    """Tile sizes of a kernel by name, warps of a program, stages of its loads and options of ptxas.
+
+    Unless told to have one block on a multiprocessor, ptxas spills some bytes where that makes room for another.
+    """
 
     sizes: tuple[tuple[str, int], ...]
     warps: int
     stages: int
+    ptxas: str = "--minnctapersm=1"
 
     def options(self) -> dict[str, int | bool | str]:
-        """Options of the compiler.
-
-        Triton 3.10 no longer fuses multiplications with additions unasked. Unasked, ptxas spills some bytes where
-        that lets one block more run on a multiprocessor.
-        """
+        """Options of the compiler; Triton 3.10 no longer fuses multiplications with additions unasked."""
         return {
             "num_warps": self.warps,
             "num_stages": self.stages,
             "enable_fp_fusion": True,
-            "ptx_options": "--register-usage-level=10",
+            "ptx_options": self.ptxas,
         }
 
     def __str__(self) -> str:
