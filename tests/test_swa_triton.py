@@ -108,7 +108,7 @@ def test_within_budget_of_anything(data: st.DataObject) -> None:
     pick = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
     dtype = pick(*DTYPES)
     heads, kv_heads = pick((1, 1), (2, 1))
-    b, tq, prefix, d = pick(1, 2), pick(1, 17, 33), pick(0, 1, 40), pick(1, 5, 16, 40)
+    b, tq, prefix, d = pick(1, 2), pick(1, 17, 33), pick(0, 1, 40), pick(2, 5, 16, 40)
     options: dict = {"window": pick(None, 2, 31, 50, 500), "scale": pick(None, 0.4)}
     packing = pick("none", "lengths", "packed")
     if packing == "lengths":
