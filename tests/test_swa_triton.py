@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 from harness import assert_within_budget, draw, relative_error
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from small_model import model
 from torch import Tensor
@@ -102,7 +102,8 @@ def test_within_budget_in_16_bits(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=3)
+# To find a smaller failing example takes minutes.
+@settings(max_examples=3, phases=[Phase.explicit, Phase.generate])
 @given(data=st.data())
 def test_within_budget_of_anything(data: st.DataObject) -> None:
     pick = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
@@ -118,7 +119,8 @@ def test_within_budget_of_anything(data: st.DataObject) -> None:
         options["cu_seqlens"] = numbers(0, tq // 3, tq, dtype=torch.int32)
     layout = pick(*sorted(LAYOUTS))
     inputs = qkv(b, tq, tq + prefix, heads, kv_heads, d)
-    assert_within_budget(lambda name: on(name, layout, **options), inputs, dtype, "triton")
+    # With few keys in the window, D and E, made of an output rounded to 16 bits, show in the cotangent of the queries.
+    assert_within_budget(lambda name: on(name, layout, **options), inputs, dtype, "triton", floor=4.0)
 
 
 # -- Kernels called for themselves --------------------------------------------------------------------------
