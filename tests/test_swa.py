@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from dense_attention import dense
 from harness import BACKENDS, assert_within_budget, draw, orders, relative_error
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -34,25 +35,6 @@ def on(backend: str, layout: str = "contiguous", **options):
 def qkv(b: int, tq: int, tk: int, heads: int, kv_heads: int, d: int, seed: int = 0) -> list[Tensor]:
     shapes = ((b, tq, heads, d), (b, tk, kv_heads, d), (b, tk, kv_heads, d))
     return [draw(*shape, seed=seed + i) for i, shape in enumerate(shapes)]
-
-
-def dense(
-    q: Tensor, k: Tensor, v: Tensor, *, window=None, scale=None, key_lengths=None, cu_seqlens=None
-) -> Tensor:
-    """Attention with its whole matrix of scores, written from the contract alone."""
-    tq, tk, shared = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    query, key = torch.arange(tk - tq, tk)[:, None], torch.arange(tk)
-    seen = (key <= query) & (key > query - (window or tk))
-    if cu_seqlens is not None:
-        sequence = (key[:, None] >= cu_seqlens).sum(1)
-        seen = seen & (sequence[tk - tq :, None] == sequence)
-    seen = seen.expand(q.shape[0], tq, tk)
-    if key_lengths is not None:
-        seen = seen & (key >= tk - key_lengths[:, None, None])
-    scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(shared, 2))
-    weights = torch.exp(scores * (scale or q.shape[3] ** -0.5)) * seen[:, None]
-    weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
-    return torch.einsum("bhij,bjhd->bihd", weights, v.repeat_interleave(shared, 2))
 
 
 CASES = {
@@ -154,6 +136,17 @@ def test_within_budget(dtype: torch.dtype, data: st.DataObject) -> None:
     function = lambda name: on(name, layout, **options)  # noqa: E731
     summed = function if whole else lambda name: lambda *x: function(name)(*x).sum(3)
     assert_accurate(summed, inputs, dtype, highest=2, slack=slack_of(d))
+
+
+@pytest.mark.skipif(not KERNELS, reason="needs the C++ kernels")
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize(("of_keys", "of_values"), [(10, 0), (0, 10), (10, 10)])
+def test_means_of_keys_and_values_do_not_show(dtype: torch.dtype, of_keys: int, of_values: int) -> None:
+    """What all keys of a query have in common drops out of its gradients, and the rounding of it as well."""
+    q, k, v = qkv(1, 110, 130, 2, 1, 32)
+    plain = lambda *x: dense(*x, window=40)  # noqa: E731
+    function = lambda name: plain if name == "reference" else on(name, window=40)  # noqa: E731
+    assert_within_budget(function, [q, k + of_keys, v + of_values], dtype, "cpu")
 
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)

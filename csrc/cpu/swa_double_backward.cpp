@@ -1,12 +1,13 @@
 // Attention over a sliding window, backward of the backward: given the cotangents A, B, C of dQ, dK, dV, with
 // P and D as in the backward pass,
-//     S' = s (A K^T + Q B^T)    r = rowsum(P * S')    M = (P * S') V + P C    O' = M - r O
-//     E  = rowsum(dO * O') = rowsum(dO * M) - D r
+//     S' = s (A K^T + Q B^T)    r = rowsum(P * S')    M = (P * (S' - n)) V + P C    O' = M - (r - n) O
+//     E  = rowsum(dO * O') = rowsum(dO * M) - D (r - n)
 //     P' = P * (S' - r)    T = P * ((S' - r) * (dP - D) + dO C^T - E)
 //     Q' = s (dS B + T K)    K' = s (dS^T A + T^T Q)    V' = P'^T dO
-// A task has the queries of a chunk and goes twice through the keys that they see: first for r, E and O', its
-// cotangent of dO, which is also the derivative of the output along (A, B, C); then for the others. It shares
-// its part of K' and V' as the backward pass does.
+// where n, a number near r for each row, keeps what all S' of a row have in common out of a difference with
+// O, which is rounded to its element type. A task has the queries of a chunk and goes twice through the keys
+// that they see: first for r, E and O', its cotangent of dO, which is also the derivative of the output along
+// (A, B, C); then for the others. It shares its part of K' and V' as the backward pass does.
 #include "common/parallel.h"
 #include "cpu/kernels.h"
 #include "cpu/swa_gradient.h"
@@ -44,14 +45,35 @@ struct Tiles {
           g(scratch.take(kElements)) {}
 };
 
-// Takes one tile of the first sweep: p becomes P, s1 becomes P * S', and r grows.
+// Numbers near r that are still infinite become the mean of S', weighted by P, over the keys of a tile that
+// the row sees, if there are any.
 template <class C>
-void summarize(const Tiles<C>& t, int64_t keys, int64_t columns, const C* lse, C* r) {
+void find_near(const Tiles<C>& t, int64_t keys, int64_t columns, const C* lse, C* near) {
+    const vec<C> none = splat(C(INFINITY));
     for (int64_t c = 0; c < columns; c += lanes<C>) {
-        const vec<C> l = load(lse + c);
+        const vec<C> l = load(lse + c), known = load(near + c);
+        if (max_lanes<C>(known) < C(INFINITY)) continue;
+        vec<C> total{}, sum{};
+        for (int64_t i = c; i < keys * kQueries; i += kQueries) {
+            const vec<C> p = weight<C>(load(t.p + i), l);
+            total += p;
+            sum += p * load(t.s1 + i);
+        }
+        const vec<C> mean = select<C>(total == vec<C>{}, none, sum / total);
+        store(near + c, select<C>(known == none, mean, known));
+    }
+}
+
+// Takes one tile of the first sweep: p becomes P, s1 becomes P * (S' - near), and its sum is added to r.
+template <class C>
+void summarize(const Tiles<C>& t, int64_t keys, int64_t columns, const C* lse, const C* near, C* r) {
+    for (int64_t c = 0; c < columns; c += lanes<C>) {
+        const vec<C> l = load(lse + c), known = load(near + c);
+        // Only a row that sees no key of this tile or of those before has none.
+        const vec<C> n = select<C>(known == splat(C(INFINITY)), vec<C>{}, known);
         vec<C> sum{};
         for (int64_t i = c; i < keys * kQueries; i += kQueries) {
-            const vec<C> p = weight<C>(load(t.p + i), l), ps = p * load(t.s1 + i);
+            const vec<C> p = weight<C>(load(t.p + i), l), ps = p * (load(t.s1 + i) - n);
             sum += ps;
             store(t.p + i, p);
             store(t.s1 + i, ps);
@@ -60,7 +82,7 @@ void summarize(const Tiles<C>& t, int64_t keys, int64_t columns, const C* lse, C
     }
 }
 
-// Takes one tile of the second sweep: p becomes P', d_p becomes dS in kUnit, and g becomes T.
+// Takes one tile of the second sweep: p becomes P', d_p becomes dS, and g becomes T.
 template <class C>
 void differentiate(const Tiles<C>& t, int64_t keys, int64_t columns, const C* lse, const C* delta, const C* r,
                    const C* e) {
@@ -70,7 +92,7 @@ void differentiate(const Tiles<C>& t, int64_t keys, int64_t columns, const C* ls
             const vec<C> p = weight<C>(load(t.p + i), l), s = load(t.s1 + i) - of_r,
                          difference = load(t.d_p + i) - d;
             store(t.g + i, p * (s * difference + load(t.g + i) - of_e));
-            store(t.d_p + i, p * difference * kUnit<C>);
+            store(t.d_p + i, p * difference);
             store(t.p + i, p * s);
         }
     }
@@ -87,7 +109,7 @@ struct Task {
           padded(round_up(rows, kQueries)),
           D(c.s.D),
           stride(row_stride<C>(D)),
-          scratch(GradientRows<C>::elements(padded, D) + padded * (2 * stride + D + 2) +
+          scratch(GradientRows<C>::elements(padded, D) + padded * (2 * stride + D + 3) +
                   4 * Tiles<C>::kElements + 2 * kKeys * stride),
           of(c.outcome, c.s, queries, scratch),
           a(scratch.take(padded * stride)),
@@ -95,15 +117,17 @@ struct Task {
           a_panels(scratch.take(padded * D)),
           r(scratch.take(padded)),
           e(scratch.take(padded)),
+          near(scratch.take(padded)),
           tiles(scratch),
           k_sum(scratch.take(kKeys * stride)),
           v_sum(scratch.take(kKeys * stride)) {
         if (c.a) pack_queries(c.a, queries, D, c.outcome.scale, a, a_panels);
         fill(r, padded, C(0));
         fill(e, padded, C(0));
+        fill(near, padded, c.a || c.b ? C(INFINITY) : C(0));
     }
 
-    // r, E and O'.
+    // E, O' and r, which is relative to `near` until the sweep is done.
     void first_sweep() {
         fill(sum, padded * stride, C(0));
         const Range range = queries.keys();
@@ -112,7 +136,8 @@ struct Task {
                 const Range some = rows_from(row), seen = seen_by(some, origin);
                 if (seen.empty()) continue;
                 fill_weights(some, seen);
-                summarize(tiles, seen.size(), columns(some), of.lse + row, r + row);
+                find_near(tiles, seen.size(), columns(some), of.lse + row, near + row);
+                summarize(tiles, seen.size(), columns(some), of.lse + row, near + row, r + row);
                 add_rows(tiles.s1, kV, some, seen);
                 if (c.c) add_rows(tiles.p, kC, some, seen);
             }
@@ -123,10 +148,12 @@ struct Task {
             const int64_t position = queries.position(row), head = queries.head(row);
             C* m = sum + row * stride;
             e[row] = dot(m, of.d_o + row * stride, D) - of.delta[row] * r[row];
-            if (!c.do_bar) continue;
-            c.outcome.o.read(queries.b, position, head, D, r[row], o);
-            for (int64_t d = 0; d < D; d += lanes<C>) store(m + d, load(m + d) - load(o + d));
-            c.do_bar.write(queries.b, position, head, m, C(1));
+            if (c.do_bar) {
+                c.outcome.o.read(queries.b, position, head, D, r[row], o);
+                for (int64_t d = 0; d < D; d += lanes<C>) store(m + d, load(m + d) - load(o + d));
+                c.do_bar.write(queries.b, position, head, m, C(1));
+            }
+            if (near[row] < C(INFINITY)) r[row] += near[row];
         }
     }
 
@@ -157,8 +184,8 @@ struct Task {
             if (!c.k_bar && !c.v_bar) continue;
             const Range block{origin, origin + kKeys}, wanted = block & Range{0, c.s.Tk};
             turns.wait(group, chunk, block.end);
-            c.k_bar.add(c.s, queries, block, wanted, k_sum, C(1) / kUnit<C>);
-            c.v_bar.add(c.s, queries, block, wanted, v_sum, C(1));
+            c.k_bar.add(c.s, queries, block, wanted, k_sum);
+            c.v_bar.add(c.s, queries, block, wanted, v_sum);
             turns.done(group, chunk, block.end);
         }
         turns.wait(group, chunk, c.s.Tk);
@@ -224,7 +251,7 @@ struct Task {
     const int64_t group, rows, padded, D, stride;
     Scratch<C> scratch;
     const GradientRows<C> of;
-    C *a, *sum, *a_panels, *r, *e;
+    C *a, *sum, *a_panels, *r, *e, *near;
     const Tiles<C> tiles;
     C *k_sum, *v_sum;
 };
@@ -232,8 +259,7 @@ struct Task {
 template <class C>
 void double_backward(const Call<C>& c) {
     const int64_t chunks = c.s.chunks();
-    // Of the products with kB the other factor is in kUnit.
-    const KeySource<C> sources[] = {{c.k}, {c.v}, {c.b, c.key_start, C(1) / kUnit<C>}, {c.c, c.key_start}};
+    const KeySource<C> sources[] = {{c.k}, {c.v}, {c.b, c.key_start}, {c.c, c.key_start}};
     with_packed<C>(c.s, sources, [&](Range groups, const Keys<C>& keys) {
         Turns turns(groups.size(), chunks);
         parallel_tasks(groups.size() * chunks, [&](int64_t index, int) {

@@ -9,7 +9,7 @@ namespace ttt::TTT_ISA::swa {
 constexpr int64_t kFewRows = 4;
 
 // Query rows on their way through the keys, with w = e^(score - m) and m the greatest score so far:
-// o (rows, D) = sum of w v, l = sum of w. Scores and m are in units of kUnit.
+// o (rows, D) = sum of w v, l = sum of w.
 template <class C>
 struct Running {
     C *o, *m, *l;
@@ -39,7 +39,7 @@ struct Running {
 
     void raise(int64_t row, C top) {
         if (!(top > m[row])) return;
-        rescale(row, power(m[row] - top));
+        rescale(row, exponential(m[row] - top));
         m[row] = top;
     }
 
@@ -59,7 +59,7 @@ struct Running {
         for (int64_t r = 0; r < rows; ++r) {
             raise(r, other.m[r]);
             if (m[r] == C(-INFINITY)) continue;
-            const C factor = power(other.m[r] - m[r]);
+            const C factor = exponential(other.m[r] - m[r]);
             C* to = o + r * stride;
             const C* from = other.o + r * stride;
             for (int64_t d = 0; d < D; d += lanes<C>) store(to + d, load(to + d) + load(from + d) * factor);
@@ -119,8 +119,7 @@ inline void attend_few(const Tensor<T>& q, const Tensor<T>& k, const Tensor<T>& 
     C* scores = scratch.take(kKeys);
     run.reset();
     for (int64_t r = 0; r < queries.rows(); ++r)
-        widen_row(q.at(queries.b, queries.position(r), queries.head(r)), D, scale * kUnit<C>,
-                  wide + r * stride);
+        widen_row(q.at(queries.b, queries.position(r), queries.head(r)), D, scale, wide + r * stride);
     for (int64_t origin = range.begin; origin < range.end; origin += kKeys) {
         const T* keys = k.at(queries.b, origin, queries.kv_head);
         const T* values = v.at(queries.b, origin, queries.kv_head);
@@ -136,7 +135,7 @@ inline void attend_few(const Tensor<T>& q, const Tensor<T>& k, const Tensor<T>& 
             const C m = run.finite_maximum(r)[0];
             vec<C> sum{};
             for (int64_t j = 0; j < seen.end; j += L) {
-                const vec<C> w = power(load(scores + j) - m);
+                const vec<C> w = exponential(load(scores + j) - m);
                 store(scores + j, w);
                 sum += w;
             }

@@ -39,8 +39,8 @@ void soften(C* tile, int64_t keys, int64_t columns, int64_t row, Running<C>& run
         const vec<C> m = run.finite_maximum(row + c);
         vec<C> even{}, odd{};
         for (int64_t j = 0; j < keys; j += 2) {
-            const vec<C> w0 = power(load(column + j * kQueries) - m);
-            const vec<C> w1 = power(load(column + (j + 1) * kQueries) - m);
+            const vec<C> w0 = exponential(load(column + j * kQueries) - m);
+            const vec<C> w1 = exponential(load(column + (j + 1) * kQueries) - m);
             store(column + j * kQueries, w0);
             store(column + (j + 1) * kQueries, w1);
             even += w0;
@@ -61,7 +61,7 @@ void attend(const Call<C>& c, const Queries& queries, const Keys<C>& keys, int64
     C* panels = scratch.take(padded * D);
     C* tile = scratch.take(kKeys * kQueries);
     run.reset();
-    pack_queries(c.q, queries, D, c.scale * kUnit<C>, q, panels);
+    pack_queries(c.q, queries, D, c.scale, q, panels);
     for (int64_t origin = round_down(range.begin, kKeys); origin < range.end; origin += kKeys) {
         const Range block{origin, origin + kKeys};
         for (int64_t row = 0; row < rows; row += kQueries) {
@@ -88,7 +88,7 @@ void finish(const Call<C>& c, const Queries& queries, const Running<C>& run) {
         const int64_t position = queries.position(r), head = queries.head(r);
         const C inverse = run.l[r] == C(0) ? C(0) : C(1) / run.l[r];
         c.o.write(queries.b, position, head, run.o + r * run.stride, inverse);
-        c.lse[(queries.b * s.H + head) * s.Tq + position] = run.m[r] / kUnit<C> + std::log(run.l[r]);
+        c.lse[(queries.b * s.H + head) * s.Tq + position] = run.m[r] + std::log(run.l[r]);
     }
 }
 

@@ -26,10 +26,10 @@ inline C dot(const C* a, const C* b, int64_t D) {
 template <class C>
 inline vec<C> weight(vec<C> score, vec<C> lse) {
     const vec<C> x = score - lse, zero{};
-    return power(select<C>(x > zero, zero, x));
+    return exponential(select<C>(x > zero, zero, x));
 }
 
-// A task's query rows: those of q (times scale and kUnit) and of d_o, both also as panels; lse in kUnit and
+// A task's query rows: those of q (times scale) and of d_o, both also as panels; lse and
 // delta = rowsum(d_o * o).
 template <class C>
 struct GradientRows {
@@ -44,7 +44,7 @@ struct GradientRows {
         do_panels = scratch.take(padded * D);
         lse = scratch.take(padded);
         delta = scratch.take(padded);
-        pack_queries(from.q, queries, D, from.scale * kUnit<C>, q, q_panels);
+        pack_queries(from.q, queries, D, from.scale, q, q_panels);
         pack_queries(from.d_o, queries, D, C(1), d_o, do_panels);
         fill(lse, padded, C(0));
         fill(delta, padded, C(0));
@@ -54,7 +54,7 @@ struct GradientRows {
             const int64_t position = queries.position(r), head = queries.head(r);
             const C value = from.lse[(queries.b * s.H + head) * s.Tq + position];
             // A row without keys has the lse -inf, from which its scores of -inf would differ by NaN.
-            lse[r] = value == C(-INFINITY) ? C(0) : value * kUnit<C>;
+            lse[r] = value == C(-INFINITY) ? C(0) : value;
             from.o.read(queries.b, position, head, D, C(1), o);
             delta[r] = dot(o, d_o + r * stride, D);
         }

@@ -30,7 +30,6 @@ template <class C>
 struct KeySource {
     Source<C> rows;
     int64_t start = 0;
-    C factor = 1;
 };
 
 // Some tensors of keys, for some groups: rows of row_stride, those of a tensor and a group together. Read
@@ -75,8 +74,7 @@ inline void with_packed(const Sizes& s, const KeySource<C> (&sources)[n], F&& f)
                     if (j < present.begin || j >= present.end)
                         fill(out, stride, C(0));
                     else
-                        source.rows.read(queries.b, j - source.start, queries.kv_head, s.D, source.factor,
-                                         out);
+                        source.rows.read(queries.b, j - source.start, queries.kv_head, s.D, C(1), out);
                 }
             }
         });

@@ -42,18 +42,14 @@ inline int64_t row_stride(int64_t D) {
     return round_up(D, kColumns<C>) + kColumns<C>;
 }
 
-// Scores are kept in the unit in which their exponential is cheapest: float uses powers of two.
-template <class C>
-constexpr C kUnit = sizeof(C) == 4 ? C(1.4426950408889634) : C(1);
-
-// 2^x for x up to 127, to about one unit in the last place; 0 below -126.5, NaN kept. The polynomial of
-// degree 6 with the least relative error on [-1/2, 1/2], 2e-9.
-inline vf power(vf x) {
-    const vf floor = splat(-127.0f);
+// e^x for x up to 88, to about one unit in the last place; 0 below -87.7, NaN kept. As 2^(x log2 e), whose
+// fraction r has the polynomial of degree 6 with the least relative error on [-1/2, 1/2], 2e-9.
+inline vf exponential(vf x) {
+    const vf floor = splat(-88.02969f), log2e = splat(1.44269504f);
     x = select<float>(x < floor, floor, x);
     const vf magic = splat(12583039.0f);  // 1.5 * 2^23 + 127: leaves the biased exponent in the low bits
-    const vf shifted = x + magic;
-    const vf r = x - (shifted - magic);
+    const vf shifted = x * log2e + magic;
+    const vf r = x * log2e - (shifted - magic);
     vf p = splat(1.535336205e-4f);
     p = p * r + 1.339887452e-3f;
     p = p * r + 9.618437358e-3f;
@@ -63,13 +59,13 @@ inline vf power(vf x) {
     p = p * r + 1.0f;
     return p * bit_cast<vf>(bit_cast<VecOf<float>::bits>(shifted) << 23);
 }
-inline vd power(vd x) {
+inline vd exponential(vd x) {
     return exp(x);
 }
-inline float power(float x) {
-    return std::exp2(x);
+inline float exponential(float x) {
+    return std::exp(x);
 }
-inline double power(double x) {
+inline double exponential(double x) {
     return std::exp(x);
 }
 

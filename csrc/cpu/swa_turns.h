@@ -40,17 +40,16 @@ struct KeySum {
     int64_t start;
 
     explicit operator bool() const { return data != nullptr; }
-    // Adds rows * factor, the rows of the keys `block` of a task's group, to those of the keys `wanted`.
-    void add(const Sizes& s, const Queries& queries, Range block, Range wanted, const C* rows,
-             C factor) const {
+    // Adds the rows of the keys `block` of a task's group to those of the keys `wanted`.
+    void add(const Sizes& s, const Queries& queries, Range block, Range wanted, const C* rows) const {
         constexpr int L = lanes<C>;
         if (!data) return;
         for (int64_t key = wanted.begin; key < wanted.end; ++key) {
             C* to = data + ((queries.b * (s.Tk - start) + key - start) * s.Hk + queries.kv_head) * s.D;
             const C* from = rows + (key - block.begin) * row_stride<C>(s.D);
             int64_t d = 0;
-            for (; d + L <= s.D; d += L) store(to + d, load(to + d) + load(from + d) * factor);
-            for (; d < s.D; ++d) to[d] += from[d] * factor;
+            for (; d + L <= s.D; d += L) store(to + d, load(to + d) + load(from + d));
+            for (; d < s.D; ++d) to[d] += from[d];
         }
     }
 };

@@ -1,6 +1,8 @@
 """Attention's backward in Triton: dQ by blocks of queries, dK and dV by blocks of keys.
 
-Both recompute P from lse. Nothing is added to by two programs, so results are the same bits every time.
+Both recompute P from lse. Nothing is added to by two programs, so results are the same bits every time. Rows of dS sum
+to zero; but D has the rounding of O, which a mean that the keys have would show in dQ. So for dQ, what a row's sum has
+come to at its last tile is taken from that tile, in proportion to P.
 """
 
 import triton
@@ -10,6 +12,7 @@ from ttt_kernels.swa.triton_tiles import (
     LOG2E,
     add_product,
     head_of,
+    in_memory,
     load_block,
     load_rows,
     load_statistic,
@@ -35,14 +38,21 @@ from ttt_kernels.swa.triton_visible import (
 
 @triton.jit
 def weights(
-    b_s, b_lse, b_i, b_j, p_first, low, Tq, Tk, window, scale, EDGE: tl.constexpr
+    b_x, b_y, b_lse, b_i, b_j, p_first, low, Tq, Tk, window, scale,
+    X: tl.constexpr, Y: tl.constexpr, D: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """P from Q K^T, lse and the indices, which all have shapes that broadcast to the tile's.
+    """P (X, Y) from rows of Q and K, in whichever order, and lse and the indices, which have shapes that broadcast.
 
     At most 1, however far rounding brings scores that are huge above their lse.
     """
-    b_x = b_s * (scale * LOG2E) - b_lse * LOG2E
-    b_p = tl.exp2(tl.minimum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    b_s = product_t(b_x, b_y, X, Y, D)
+    if in_memory(b_x[0].dtype):
+        # In float32 the rounding of large numbers to another unit would show.
+        b_s = b_s * scale - b_lse
+        b_s = b_s * LOG2E
+    else:
+        b_s = b_s * (scale * LOG2E) - b_lse * LOG2E
+    b_p = tl.exp2(tl.minimum(b_s, 0.0, propagate_nan=tl.PropagateNan.ALL))
     if EDGE:
         b_p = tl.where(seen(b_i, b_j, p_first, low, Tq, Tk, window), b_p, 0.0)
     return b_p
@@ -50,17 +60,24 @@ def weights(
 
 @triton.jit
 def _query_tile(
-    b_dq, b_q, b_do, b_lse, b_delta, x_k, x_v, i, j, p_first, low, Tq, Tk, window, scale,
+    b_dq, b_left, b_q, b_do, b_lse, b_delta, x_k, x_v, i, j, p_first, low, Tq, Tk, window, scale,
     BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Adds dS K of the keys [j, j + BK)."""
+    """Adds dS K of the keys [j, j + BK) to b_dq, and the sums of their dS to b_left."""
     b_k = load_rows(x_k, j, low, Tk, BK, D, PIECES, EDGE)
     b_i = (i + tl.arange(0, BQ))[:, None]
     b_j = (j + tl.arange(0, BK))[None, :]
-    b_s = product_t(b_q, b_k, BQ, BK, D)
-    b_p = weights(b_s, b_lse[:, None], b_i, b_j, p_first, low, Tq, Tk, window, scale, EDGE)
+    b_p = weights(b_q, b_k, b_lse[:, None], b_i, b_j, p_first, low, Tq, Tk, window, scale, BQ, BK, D, EDGE)
     b_dp = product_t(b_do, load_rows(x_v, j, low, Tk, BK, D, PIECES, EDGE), BQ, BK, D)
-    return add_product(b_dq, b_p * (b_dp - b_delta[:, None]), b_k, D)
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    b_left += tl.sum(b_ds, 1)
+    if EDGE:
+        b_own = i + (Tk - Tq) + tl.arange(0, BQ)
+        b_total = tl.sum(b_p, 1)
+        # Of a weight that is next to nothing, more than it is would be taken.
+        m_last = (b_own >= j) & (b_own < j + BK) & (b_total > 1e-20)
+        b_ds -= b_p * (tl.where(m_last, b_left, 0.0) / tl.where(m_last, b_total, 1.0))[:, None]
+    return add_product(b_dq, b_ds, b_k, D), b_left
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "window"])
@@ -68,14 +85,13 @@ def queries(
     t_q, t_k, t_v, t_o, t_do, t_dq, p_lse, p_delta, p_lengths, p_first, scale, Tq, Tk, window, heads, group,
     BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """dQ (unless t_dq is None) and D = rowsum(dO * O) (unless p_delta is None)."""
+    """dQ (unless t_dq is None) and D (unless p_delta is None): rowsum(dO * O), and with dQ exact, rowsum(P * dP)."""
     sequence, head, i = query_block(heads, Tq, BQ)
     row = (sequence * heads + head).to(tl.int64) * Tq
     x_o = head_of(t_o, sequence, head)
     x_do = head_of(t_do, sequence, head)
     b_delta = row_sums(x_o, x_do, i, Tq, BQ, D, PIECES)
-    if p_delta is not None:
-        store_statistic(p_delta + row, b_delta, i, Tq, BQ)
+    b_left = tl.zeros((BQ,), tl.float32)
     if t_dq is not None:
         low = lowest_key(p_lengths, sequence, Tk)
         x_k = head_of(t_k, sequence, head // group)
@@ -87,11 +103,13 @@ def queries(
         b_dq = zero_rows(BQ, PIECES)
         for EDGE in tl.static_range(2):
             for index in tl.range(tiles(span, BK, EDGE), disable_licm=True):
-                b_dq = _query_tile(
-                    b_dq, b_q, b_do, b_lse, b_delta, x_k, x_v, i, tile_start(span, index, BK, EDGE), p_first,
-                    low, Tq, Tk, window, scale, BQ, BK, D, PIECES, EDGE,
+                b_dq, b_left = _query_tile(
+                    b_dq, b_left, b_q, b_do, b_lse, b_delta, x_k, x_v, i, tile_start(span, index, BK, EDGE),
+                    p_first, low, Tq, Tk, window, scale, BQ, BK, D, PIECES, EDGE,
                 )  # fmt: skip
         store_rows(head_of(t_dq, sequence, head), scaled(b_dq, scale), i, Tq, BQ, D, PIECES)
+    if p_delta is not None:
+        store_statistic(p_delta + row, b_delta + b_left, i, Tq, BQ)
 
 
 @triton.jit
@@ -105,7 +123,7 @@ def _key_tile(
     b_lse = load_statistic(p_lse, i, Tq, float("inf"), BQ, EDGE)[None, :]
     b_i = (i + tl.arange(0, BQ))[None, :]
     b_j = (j + tl.arange(0, BK))[:, None]
-    b_p = weights(product_t(b_k, b_q, BK, BQ, D), b_lse, b_i, b_j, p_first, low, Tq, Tk, window, scale, EDGE)
+    b_p = weights(b_k, b_q, b_lse, b_i, b_j, p_first, low, Tq, Tk, window, scale, BK, BQ, D, EDGE)
     b_do = load_rows(x_do, i, 0, Tq, BQ, D, PIECES, EDGE)
     if DV:
         b_dv = add_product(b_dv, b_p, b_do, D)

@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 
 from ttt_kernels.swa.triton_tiles import (
-    LN2,
     LOG2E,
     add_product,
     head_of,
+    in_memory,
     load_block,
     load_rows,
     product_t,
@@ -22,22 +22,34 @@ _NONE = tl.constexpr(float("-inf"))
 
 
 @triton.jit
+def _unit(b_q):
+    """Scores are kept as powers of 2, but those of float32, whose rounding to another unit would show, of e."""
+    return 1.0 if in_memory(b_q[0].dtype) else LOG2E
+
+
+@triton.jit
+def _exponential(b_x, b_q):
+    """Weights from differences of scores."""
+    return tl.exp2(b_x * LOG2E) if in_memory(b_q[0].dtype) else tl.exp2(b_x)
+
+
+@triton.jit
 def _tile(
     b_acc, b_max, b_sum, b_q, x_k, x_v, i, j, p_first, low, Tq, Tk, window, scale,
     BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys [j, j + BK): b_acc and b_sum are relative to 2 ** b_max."""
+    """Adds the keys [j, j + BK): b_acc and b_sum are relative to the weight of b_max."""
     b_s = product_t(b_q, load_rows(x_k, j, low, Tk, BK, D, PIECES, EDGE), BQ, BK, D)
     if EDGE:
         b_i = (i + tl.arange(0, BQ))[:, None]
         b_s = tl.where(seen(b_i, (j + tl.arange(0, BK))[None, :], p_first, low, Tq, Tk, window), b_s, _NONE)
-    b_top = tl.maximum(b_max, tl.max(b_s, 1) * (scale * LOG2E))
+    b_top = tl.maximum(b_max, tl.max(b_s, 1) * (scale * _unit(b_q)))
     b_zero = b_top
     if EDGE:
         # A row that has seen no key yet has nothing to be relative to.
         b_zero = tl.where(b_top == _NONE, 0.0, b_top)
-    b_p = tl.exp2(b_s * (scale * LOG2E) - b_zero[:, None])
-    b_decay = tl.exp2(b_max - b_zero)
+    b_p = _exponential(b_s * (scale * _unit(b_q)) - b_zero[:, None], b_q)
+    b_decay = _exponential(b_max - b_zero, b_q)
     b_sum = b_sum * b_decay + tl.sum(b_p, 1)
     b_v = load_rows(x_v, j, low, Tk, BK, D, PIECES, EDGE)
     return add_product(scaled(b_acc, b_decay[:, None]), b_p, b_v, D), b_top, b_sum
@@ -67,6 +79,6 @@ def attention(
     m_none = b_sum == 0
     b_sum = tl.where(m_none, 1.0, b_sum)
     store_rows(head_of(t_o, sequence, head), scaled(b_acc, (1 / b_sum)[:, None]), i, Tq, BQ, D, PIECES)
-    b_lse = tl.where(m_none, _NONE, (b_max + tl.log2(b_sum)) * LN2)
+    b_lse = tl.where(m_none, _NONE, b_max / _unit(b_q) + tl.log(b_sum))
     p_row = p_lse + (sequence * heads + head).to(tl.int64) * Tq
     store_statistic(p_row, b_lse, i, Tq, BQ)

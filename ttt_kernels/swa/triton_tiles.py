@@ -4,7 +4,7 @@ Names in kernels: `t_` a tensor with its strides, `x_` one head of it (address o
 rows), `p_` an address, `b_` the values of a block, `m_` a mask; `BQ` and `BK` the queries and keys of a tile; `D`
 the head dimension and `PIECES` the powers of two that it is divided into, because blocks have no other sizes:
 80 = 64 + 16. Rows of D values are tuples with a block of values for each piece; but rows of float32 factors, whose
-exact products have no tensor cores to feed from shared memory, are a tuple that says where they are (`_located`), and
+exact products have no tensor cores to feed from shared memory, are a tuple that says where they are (`in_memory`), and
 each product loads a piece at a time: held in registers, several tensors of wide rows would overflow them.
 """
 
@@ -14,7 +14,6 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels are interpreted on the processor (TRITON_INTERPRET=1)."""
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.constexpr_function
@@ -97,7 +96,7 @@ def load_rows(
 
 
 @triton.constexpr_function
-def _located(dtype):
+def in_memory(dtype):
     """Whether rows with a first element of this type are where they are, and not a tuple of blocks."""
     return dtype.is_ptr()
 
@@ -207,7 +206,7 @@ def product_t(b_x, b_y, X: tl.constexpr, Y: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def add_product_t(b_sum, b_x, b_y, D: tl.constexpr):
     """b_sum + X Y^T of rows."""
-    if _located(b_x[0].dtype):
+    if in_memory(b_x[0].dtype):
         for first in tl.range(0, D, 16):
             b_left = _load_columns(b_x, first, b_sum.shape[0], D)
             b_sum = _dot(b_left, tl.trans(_load_columns(b_y, first, b_sum.shape[1], D)), b_sum)
@@ -221,7 +220,7 @@ def add_product_t(b_sum, b_x, b_y, D: tl.constexpr):
 def add_product(b_sum, b_w, b_x, D: tl.constexpr, FIRST: tl.constexpr = 0):
     """Rows of sums, b_sum + W X in the pieces from FIRST on; W is rounded to X's dtype for the product."""
     b_out = ()
-    if _located(b_x[0].dtype):
+    if in_memory(b_x[0].dtype):
         for i in tl.static_range(len(b_sum)):
             b_product = _dot(b_w, _load_columns(b_x, 16 * (FIRST + i), b_w.shape[1], D), b_sum[i])
             b_out = b_out + (_computed(b_product),)
