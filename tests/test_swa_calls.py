@@ -273,6 +273,11 @@ PACKED = {"q": zeros(1, 6, 4, 8), "k": zeros(1, 6, 2, 8), "v": zeros(1, 6, 2, 8)
         ({"v": zeros(2, 7, 2, 0)}, "v has shape (2, 7, 2, 0); accepted is (batch, length, heads, head_dim)"),
         ({"k": None}, "k must be a tensor, got NoneType"),
         ({"q": zeros(2, 5, 4, 8, dtype=torch.int64)}, "q of shape (2, 5, 4, 8) has dtype torch.int64"),
+        ({"q": zeros(2, 5, 4, 8).to(torch.float8_e4m3fn)}, "q of shape (2, 5, 4, 8) has dtype torch.float8"),
+        (
+            {"k": zeros(2, 7, 2, 8).to_sparse()},
+            "k of shape (2, 7, 2, 8) has layout torch.sparse_coo; accepted",
+        ),
         ({"v": zeros(2, 7, 2, 8, dtype=torch.float64)}, "v has dtype torch.float64; accepted is q's dtype"),
         ({"k": zeros(2, 7, 2, 8, device="meta")}, "k is on meta but q is on cpu"),
         ({"v": zeros(2, 6, 2, 8)}, "v has shape (2, 6, 2, 8); accepted is k's shape (2, 7, 2, 8)"),

@@ -111,6 +111,8 @@ def test_within_budget_of_anything(data: st.DataObject) -> None:
     dtype = pick(*DTYPES)
     heads, kv_heads = pick((1, 1), (2, 1))
     b, tq, prefix, d = pick(1, 2), pick(1, 17, 33), pick(0, 1, 40), pick(2, 5, 16, 40)
+    # All gradients but those of the values are zero where no query sees two keys.
+    assume(tq + prefix // 2 > 1)
     options: dict = {"window": pick(None, 2, 31, 50, 500), "scale": pick(None, 0.4)}
     packing = pick("none", "lengths", "packed")
     if packing == "lengths":

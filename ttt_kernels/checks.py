@@ -10,13 +10,18 @@ def shape(t: Tensor) -> str:
 
 
 def floating(operator: str, **tensors: Tensor) -> None:
-    """Every tensor is a floating-point tensor."""
+    """Every tensor is a dense floating-point tensor of at least 16 bits an element."""
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise ValueError(f"{operator}: {name} must be a tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
+        if not t.is_floating_point() or t.dtype.itemsize < 2:
             raise ValueError(
-                f"{operator}: {name} of shape {shape(t)} has dtype {t.dtype}; accepted are floating-point dtypes"
+                f"{operator}: {name} of shape {shape(t)} has dtype {t.dtype}; accepted are floating-point dtypes "
+                f"of 16 bits and more"
+            )
+        if t.layout != torch.strided:
+            raise ValueError(
+                f"{operator}: {name} of shape {shape(t)} has layout {t.layout}; accepted is torch.strided"
             )
 
 

@@ -98,20 +98,24 @@ ways and moves the sums between them in every step (seen in its intermediate cod
 """
 
 _AMPERE = {
-    "forward": {64: (config(64, 64, 4, 3),), 128: (config(64, 32, 4, 2),), 256: (config(64, 16, 8, 1),)},
+    "forward": {
+        64: (config(64, 32, 4, 3), config(128, 64, 8, 2)),
+        128: (config(64, 32, 4, 2),),
+        256: (config(64, 16, 8, 1),),
+    },
     "backward_queries": {
         64: (config(64, 32, 4, 2),),
         128: (config(64, 32, 8, 2),),
-        256: (config(32, 32, 8, 1),),
+        256: (config(32, 16, 8, 1),),
     },
     "backward_keys": {
         64: (config(32, 32, 4, 2),),
         128: (config(32, 64, 8, 1),),
         256: (config(16, 32, 8, 1),),
     },
-    "along": {64: (config(64, 32, 8, 2),), 128: (config(64, 32, 8, 1),), 256: (config(32, 16, 8, 1),)},
+    "along": {64: (config(64, 32, 8, 2),), 128: (config(64, 32, 8, 1),), 256: (config(32, 16, 4, 1),)},
     "double_backward_queries": {
-        64: (config(64, 32, 4, 1),),
+        64: (config(64, 32, 8, 1),),
         128: (config(32, 16, 8, 1),),
         256: (config(32, 16, 8, 1),),
     },
@@ -141,7 +145,7 @@ _BLACKWELL = {
     },
     "double_backward_keys": {
         **_NARROW["double_backward_keys"],
-        64: (config(32, 128, 8, 1), config(64, 128, 8, 1)),
+        64: (config(32, 128, 8, 1),),
         256: (config(16, 64, 8, 1),),
     },
 }
@@ -151,11 +155,14 @@ _WIDE = {
     "forward": {128: (_exact(32, 32, 4),), 256: (_exact(32, 32, 8),)},
     "backward_queries": {128: (_exact(32, 32, 4),), 256: (_exact(16, 16, 4),)},
     "backward_keys": {128: (_exact(32, 32, 4),), 256: (_exact(32, 32, 8),)},
-    "along": {256: (_exact(16, 16, 4),)},
-    "double_backward_queries": {256: (_exact(16, 16, 4),)},
+    "along": {256: (_exact(32, 16, 8),)},
+    "double_backward_queries": {256: (_exact(32, 16, 8),)},
     "double_backward_keys": {256: (_exact(16, 16, 4),)},
 }
 """As `_NARROW`, for float32."""
+
+_AMPERE_WIDE = {**_WIDE, "along": {128: (_exact(16, 16, 4),), 256: (_exact(16, 32, 4),)}}
+"""As `_WIDE`, for devices before Hopper."""
 
 
 def configs(kernel: str, head_dim: int, dtype: torch.dtype, capability: int) -> tuple[Config, ...]:
@@ -166,5 +173,6 @@ def configs(kernel: str, head_dim: int, dtype: torch.dtype, capability: int) -> 
     if interpreted():
         return _INTERPRETED
     narrow = _BLACKWELL if capability >= 100 else _NARROW if capability >= 90 else _AMPERE
-    table = _WIDE if dtype == torch.float32 else narrow
+    wide = _WIDE if capability >= 90 else _AMPERE_WIDE
+    table = wide if dtype == torch.float32 else narrow
     return next(found for largest, found in table[kernel].items() if head_dim <= largest)
