@@ -18,8 +18,6 @@ def pieces(kernel: str, head_dim: int, dtype: torch.dtype) -> tuple[int, ...]:
     """
     left = -(-head_dim // 16) * 16
     largest = 64 if kernel == "along" or head_dim > SHARED_HEAD_DIM else 128
-    if kernel == "along" and head_dim > SHARED_HEAD_DIM:
-        largest = 32
     if dtype == torch.float32:
         largest = 16
     found = []
@@ -56,6 +54,11 @@ def _exact(queries: int, keys: int, warps: int) -> Config:
     return Config((("BQ", queries), ("BK", keys)), warps, 1, "--opt-level=1")
 
 
+def _unguided(queries: int, keys: int, warps: int) -> Config:
+    """Tiles with which ptxas spills only if told to have one block on a multiprocessor."""
+    return Config((("BQ", queries), ("BK", keys)), warps, 1, "")
+
+
 _INTERPRETED = (config(16, 32, 1, 1),)
 """Small and not square, so that short sequences have tiles of every kind."""
 
@@ -88,7 +91,7 @@ _NARROW = {
     "double_backward_keys": {
         64: (config(32, 64, 4, 1), config(16, 64, 4, 2)),
         128: (config(16, 64, 4, 1),),
-        256: (config(16, 64, 4, 1),),
+        256: (_unguided(16, 64, 4),),
     },
 }
 """Kernel -> largest head dimension -> configurations for bfloat16 and float16.
@@ -113,7 +116,7 @@ _AMPERE = {
         128: (config(32, 64, 8, 1),),
         256: (config(16, 32, 8, 1),),
     },
-    "along": {64: (config(64, 32, 8, 2),), 128: (config(64, 32, 8, 1),), 256: (config(32, 16, 4, 1),)},
+    "along": {64: (config(64, 32, 8, 2),), 128: (config(64, 32, 8, 1),), 256: (config(16, 32, 4, 1),)},
     "double_backward_queries": {
         64: (config(64, 32, 8, 1),),
         128: (config(32, 16, 8, 1),),
