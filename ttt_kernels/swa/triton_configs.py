@@ -59,10 +59,13 @@ def _unguided(queries: int, keys: int, warps: int) -> Config:
     return Config((("BQ", queries), ("BK", keys)), warps, 1, "")
 
 
+Table = dict[str, dict[int, tuple[Config, ...]]]
+"""Kernel -> largest head dimension -> configurations."""
+
 _INTERPRETED = (config(16, 32, 1, 1),)
 """Small and not square, so that short sequences have tiles of every kind."""
 
-_NARROW = {
+_NARROW: Table = {
     "forward": {
         64: (config(64, 64, 4, 3), config(128, 64, 8, 3), config(128, 128, 8, 2)),
         128: (config(64, 64, 4, 2), config(128, 64, 8, 3), config(128, 128, 8, 2)),
@@ -94,13 +97,13 @@ _NARROW = {
         256: (_unguided(16, 64, 4),),
     },
 }
-"""Kernel -> largest head dimension -> configurations for bfloat16 and float16.
+"""For bfloat16 and float16.
 
 A program has 16 rows a warp on the side of its sums: with fewer, Triton 3.6 to 3.9 divides products among warps in two
 ways and moves the sums between them in every step (seen in its intermediate code for sm_90).
 """
 
-_AMPERE = {
+_AMPERE: Table = {
     "forward": {
         64: (config(64, 32, 4, 3), config(128, 64, 8, 2)),
         128: (config(64, 32, 4, 2),),
@@ -130,7 +133,7 @@ _AMPERE = {
 }
 """As `_NARROW`, for devices before Hopper, where factors of products are in registers."""
 
-_BLACKWELL = {
+_BLACKWELL: Table = {
     **_NARROW,
     "forward": {
         **_NARROW["forward"],
@@ -154,7 +157,7 @@ _BLACKWELL = {
 }
 """As `_NARROW`, for devices from sm_100 on."""
 
-_WIDE = {
+_WIDE: Table = {
     "forward": {128: (_exact(32, 32, 4),), 256: (_exact(32, 32, 8),)},
     "backward_queries": {128: (_exact(32, 32, 4),), 256: (_exact(16, 16, 4),)},
     "backward_keys": {128: (_exact(32, 32, 4),), 256: (_exact(32, 32, 8),)},
@@ -164,7 +167,7 @@ _WIDE = {
 }
 """As `_NARROW`, for float32."""
 
-_AMPERE_WIDE = {**_WIDE, "along": {128: (_exact(16, 16, 4),), 256: (_exact(16, 32, 4),)}}
+_AMPERE_WIDE: Table = {**_WIDE, "along": {128: (_exact(16, 16, 4),), 256: (_exact(16, 32, 4),)}}
 """As `_WIDE`, for devices before Hopper."""
 
 
