@@ -143,7 +143,7 @@ def test_within_budget(dtype: torch.dtype, data: st.DataObject) -> None:
 @pytest.mark.parametrize(("of_keys", "of_values"), [(10, 0), (0, 10), (10, 10)])
 def test_means_of_keys_and_values_do_not_show(dtype: torch.dtype, of_keys: int, of_values: int) -> None:
     """What all keys of a query have in common drops out of its gradients, and the rounding of it as well."""
-    q, k, v = qkv(1, 110, 130, 2, 1, 32)
+    q, k, v = qkv(1, 109, 130, 2, 1, 32)
     plain = lambda *x: dense(*x, window=40)  # noqa: E731
     function = lambda name: plain if name == "reference" else on(name, window=40)  # noqa: E731
     assert_within_budget(function, [q, k + of_keys, v + of_values], dtype, "cpu")
@@ -240,11 +240,15 @@ def test_large_scores_do_not_overflow(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_weights_are_at_most_one_however_large_the_scores(backend: str) -> None:
-    """The float32 score of a query's only key differs from its lse by their rounding, which grows with them."""
-    q, k, v = (t.float() for t in qkv(1, 130, 130, 2, 2, 8))
+@pytest.mark.parametrize("queries", [130, 3])
+def test_weights_are_at_most_one_however_large_the_scores(backend: str, queries: int) -> None:
+    """The float32 score of a query's only key differs from its lse by their rounding, which grows with them.
+
+    Few queries have products of their own in the forward.
+    """
+    q, k, v = (t.float() for t in qkv(1, queries, 130, 2, 2, 8))
     leaves = [t.requires_grad_() for t in (1e9 * q, k, v)]
-    d_o = torch.ones_like(v).requires_grad_()
+    d_o = torch.ones_like(q).requires_grad_()
     o = sliding_window_attention(*leaves, window=1, backend=backend)
     first = torch.autograd.grad(o, leaves, d_o, create_graph=True)
     assert first[2].detach().abs().max() <= 1
