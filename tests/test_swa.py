@@ -138,17 +138,6 @@ def test_within_budget(dtype: torch.dtype, data: st.DataObject) -> None:
     assert_accurate(summed, inputs, dtype, highest=2, slack=slack_of(d))
 
 
-@pytest.mark.skipif(not KERNELS, reason="needs the C++ kernels")
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@pytest.mark.parametrize(("of_keys", "of_values"), [(10, 0), (0, 10), (10, 10)])
-def test_means_of_keys_and_values_do_not_show(dtype: torch.dtype, of_keys: int, of_values: int) -> None:
-    """What all keys of a query have in common drops out of its gradients, and the rounding of it as well."""
-    q, k, v = qkv(1, 109, 130, 2, 1, 32)
-    plain = lambda *x: dense(*x, window=40)  # noqa: E731
-    function = lambda name: plain if name == "reference" else on(name, window=40)  # noqa: E731
-    assert_within_budget(function, [q, k + of_keys, v + of_values], dtype, "cpu")
-
-
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set(name: str, dtype: torch.dtype) -> None:

@@ -70,6 +70,7 @@ CASES = {
     "cache that is not full": ((3, 20, 75, 1, 1, 8), {"key_lengths": (0, 7, 75), "window": 60}),
     "packed": ((1, 70, 70, 2, 1, 8), {"cu_seqlens": (0, 1, 22, 22, 60, 70), "window": 25}),
     "packed and not full": ((1, 50, 50, 1, 1, 8), {"cu_seqlens": (0, 20, 50), "key_lengths": (43,)}),
+    # Larger scores would show that NumPy adds up the products of K Q^T and of Q K^T in different orders.
     "negative scale": ((1, 20, 20, 1, 1, 8), {"scale": -0.4}),
     "scale of zero": ((1, 20, 20, 1, 1, 8), {"scale": 0.0, "window": 9}),
 }
@@ -125,17 +126,6 @@ def test_within_budget_of_anything(data: st.DataObject) -> None:
     plain = lambda *x: dense(*x, **options)  # noqa: E731
     function = lambda name: plain if name == "reference" else on(name, layout, **options)  # noqa: E731
     assert_within_budget(function, inputs, dtype, "triton")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("of_keys", "of_values"), [(10, 0), (10, 10)])
-def test_means_of_keys_and_values_do_not_show(dtype: torch.dtype, of_keys: int, of_values: int) -> None:
-    """What all keys of a query have in common drops out of its gradients, and the rounding of it as well."""
-    q, k, v = qkv(1, 40, 40, 1, 1, 16)
-    plain = lambda *x: dense(*x, window=24)  # noqa: E731
-    function = lambda name: plain if name == "reference" else on(name, window=24)  # noqa: E731
-    assert_within_budget(function, [q, k + of_keys, v + of_values], dtype, "triton")
 
 
 # -- Kernels called for themselves --------------------------------------------------------------------------
@@ -209,13 +199,7 @@ def test_only_what_is_needed(wanted: int) -> None:
     everything = operator.kernels["triton"][order](*given, [True] * results)
     needs = [i == wanted % 3 if wanted < 3 else i == wanted - 3 for i in range(results)]
     for need, f, e in zip(needs, operator.kernels["triton"][order](*given, needs), everything, strict=True):
-        if not need:
-            assert f is None
-        elif wanted == 1:
-            # With dQ comes a D without the rounding of O.
-            torch.testing.assert_close(f, e)
-        else:
-            assert torch.equal(f, e)
+        assert torch.equal(f, e) if need else f is None
 
 
 @pytest.mark.slow

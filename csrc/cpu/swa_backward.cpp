@@ -1,7 +1,5 @@
 // Attention over a sliding window, backward. With P = e^(scores - lse) computed again and D = rowsum(dO * O):
 //     dP = dO V^T    dS = P * (dP - D)    dQ = scale dS K    dK = scale dS^T Q    dV = P^T dO
-// Rows of dS sum to zero; but D has the rounding of O, which a mean that the keys have would show in dQ. So
-// for dQ, what a row's sum has come to at its last tile of keys is taken from that tile, in proportion to P.
 // A task has the queries of a chunk and goes once through the keys that they see. It owns its dQ; its share
 // of dK and dV is added, a block of keys at a time, in the order of the chunks, so that every sum is in the
 // same order for any number of threads.
@@ -25,37 +23,16 @@ struct Call {
     int64_t key_start;
 };
 
-// Scores become P, and dP becomes dS, whose sum is added to `left`, for the queries from column 0 to
-// `columns`.
+// Scores become P, and dP becomes dS, for the queries from column 0 to `columns`.
 template <class C>
-void differentiate(C* scores, C* d_p, int64_t keys, int64_t columns, const C* lse, const C* delta, C* left) {
+void differentiate(C* scores, C* d_p, int64_t keys, int64_t columns, const C* lse, const C* delta) {
     for (int64_t c = 0; c < columns; c += lanes<C>) {
         const vec<C> l = load(lse + c), d = load(delta + c);
-        vec<C> sum{};
         for (int64_t i = c; i < keys * kQueries; i += kQueries) {
-            const vec<C> p = weight<C>(load(scores + i), l), d_s = p * (load(d_p + i) - d);
+            const vec<C> p = weight<C>(load(scores + i), l);
             store(scores + i, p);
-            store(d_p + i, d_s);
-            sum += d_s;
+            store(d_p + i, p * (load(d_p + i) - d));
         }
-        store(left + c, load(left + c) + sum);
-    }
-}
-
-// Takes what is left of the sums of dS from a tile, for the rows that see no key from `end` on.
-template <class C>
-void balance(const C* p, C* d_s, int64_t keys, Range some, int64_t end, const Queries& queries,
-             const C* left) {
-    // Of a weight that is next to nothing, more than it is would be taken.
-    const vec<C> least_weight = splat(C(1e-20));
-    for (int64_t c = 0; c < some.size() && queries.end_key(some.begin + c) <= end; c += lanes<C>) {
-        vec<C> total{}, rest{};
-        for (int64_t i = c; i < keys * kQueries; i += kQueries) total += load(p + i);
-        for (int i = 0; i < lanes<C> && c + i < some.size(); ++i)
-            if (queries.end_key(some.begin + c + i) <= end) rest[i] = left[c + i];
-        const vec<C> share = select<C>(total > least_weight, rest / total, vec<C>{});
-        for (int64_t i = c; i < keys * kQueries; i += kQueries)
-            store(d_s + i, load(d_s + i) - load(p + i) * share);
     }
 }
 
@@ -66,17 +43,15 @@ void task(const Call<C>& c, const Keys<C>& keys, Range groups, int64_t group, in
     const Queries queries = s.queries(groups.begin + group, chunk);
     const int64_t rows = queries.rows(), padded = round_up(rows, kQueries), D = s.D,
                   stride = row_stride<C>(D);
-    Scratch<C> scratch(GradientRows<C>::elements(padded, D) + padded * (stride + 1) +
+    Scratch<C> scratch(GradientRows<C>::elements(padded, D) + padded * stride +
                        2 * kKeys * (kQueries + stride));
     const GradientRows<C> r(c.outcome, s, queries, scratch);
     C* dq = scratch.take(padded * stride);
-    C* left = scratch.take(padded);
     C* scores = scratch.take(kKeys * kQueries);
     C* d_p = scratch.take(kKeys * kQueries);
     C* dk = scratch.take(kKeys * stride);
     C* dv = scratch.take(kKeys * stride);
     fill(dq, padded * stride, C(0));
-    fill(left, padded, C(0));
     const Range range = queries.keys();
     for (int64_t origin = round_down(range.begin, kKeys); origin < range.end; origin += kKeys) {
         const Range block{origin, origin + kKeys}, wanted = block & Range{c.key_start, s.Tk};
@@ -95,18 +70,16 @@ void task(const Call<C>& c, const Keys<C>& keys, Range groups, int64_t group, in
             multiply<C, false, false>(keys.at(1, group, seen.begin), stride, r.do_panels + row * D, N, N * D,
                                       seen.size(), columns, D, d_p, kQueries);
             hide(queries, some, seen, seen, scores);
-            differentiate(scores, d_p, seen.size(), columns, r.lse + row, r.delta + row, left + row);
+            differentiate(scores, d_p, seen.size(), columns, r.lse + row, r.delta + row);
+            if (c.dq)
+                multiply<C, true, true>(d_p, kQueries, keys.at(0, group, seen.begin), stride, N, some.size(),
+                                        D, seen.size(), dq + row * stride, stride);
             if (for_keys && c.dk)
                 multiply<C, false, true>(d_p, kQueries, r.q + row * stride, stride, N, seen.size(), D,
                                          some.size(), dk + in_block, stride);
             if (for_keys && c.dv)
                 multiply<C, false, true>(scores, kQueries, r.d_o + row * stride, stride, N, seen.size(), D,
                                          some.size(), dv + in_block, stride);
-            if (c.dq) {
-                balance(scores, d_p, seen.size(), some, seen.end, queries, left + row);
-                multiply<C, true, true>(d_p, kQueries, keys.at(0, group, seen.begin), stride, N, some.size(),
-                                        D, seen.size(), dq + row * stride, stride);
-            }
         }
         if (!for_keys) continue;
         turns.wait(group, chunk, block.end);

@@ -1,13 +1,12 @@
 // Attention over a sliding window, backward of the backward: given the cotangents A, B, C of dQ, dK, dV, with
 // P and D as in the backward pass,
-//     S' = s (A K^T + Q B^T)    r = rowsum(P * S')    M = (P * (S' - n)) V + P C    O' = M - (r - n) O
-//     E  = rowsum(dO * O') = rowsum(dO * M) - D (r - n)
+//     S' = s (A K^T + Q B^T)    r = rowsum(P * S')    M = (P * S') V + P C    O' = M - r O
+//     E  = rowsum(dO * O') = rowsum(dO * M) - D r
 //     P' = P * (S' - r)    T = P * ((S' - r) * (dP - D) + dO C^T - E)
 //     Q' = s (dS B + T K)    K' = s (dS^T A + T^T Q)    V' = P'^T dO
-// where n, a number near r for each row, keeps what all S' of a row have in common out of a difference with
-// O, which is rounded to its element type. A task has the queries of a chunk and goes twice through the keys
-// that they see: first for r, E and O', its cotangent of dO, which is also the derivative of the output along
-// (A, B, C); then for the others. It shares its part of K' and V' as the backward pass does.
+// A task has the queries of a chunk and goes twice through the keys that they see: first for r, E and O', its
+// cotangent of dO, which is also the derivative of the output along (A, B, C); then for the others. It shares
+// its part of K' and V' as the backward pass does.
 #include "common/parallel.h"
 #include "cpu/kernels.h"
 #include "cpu/swa_gradient.h"
@@ -45,35 +44,14 @@ struct Tiles {
           g(scratch.take(kElements)) {}
 };
 
-// Numbers near r that are still infinite become the mean of S', weighted by P, over the keys of a tile that
-// the row sees, if there are any.
+// Takes one tile of the first sweep: p becomes P, s1 becomes P * S', and r grows.
 template <class C>
-void find_near(const Tiles<C>& t, int64_t keys, int64_t columns, const C* lse, C* near) {
-    const vec<C> none = splat(C(INFINITY));
+void summarize(const Tiles<C>& t, int64_t keys, int64_t columns, const C* lse, C* r) {
     for (int64_t c = 0; c < columns; c += lanes<C>) {
-        const vec<C> l = load(lse + c), known = load(near + c);
-        if (max_lanes<C>(known) < C(INFINITY)) continue;
-        vec<C> total{}, sum{};
-        for (int64_t i = c; i < keys * kQueries; i += kQueries) {
-            const vec<C> p = weight<C>(load(t.p + i), l);
-            total += p;
-            sum += p * load(t.s1 + i);
-        }
-        const vec<C> mean = select<C>(total == vec<C>{}, none, sum / total);
-        store(near + c, select<C>(known == none, mean, known));
-    }
-}
-
-// Takes one tile of the first sweep: p becomes P, s1 becomes P * (S' - near), and its sum is added to r.
-template <class C>
-void summarize(const Tiles<C>& t, int64_t keys, int64_t columns, const C* lse, const C* near, C* r) {
-    for (int64_t c = 0; c < columns; c += lanes<C>) {
-        const vec<C> l = load(lse + c), known = load(near + c);
-        // Only a row that sees no key of this tile or of those before has none.
-        const vec<C> n = select<C>(known == splat(C(INFINITY)), vec<C>{}, known);
+        const vec<C> l = load(lse + c);
         vec<C> sum{};
         for (int64_t i = c; i < keys * kQueries; i += kQueries) {
-            const vec<C> p = weight<C>(load(t.p + i), l), ps = p * (load(t.s1 + i) - n);
+            const vec<C> p = weight<C>(load(t.p + i), l), ps = p * load(t.s1 + i);
             sum += ps;
             store(t.p + i, p);
             store(t.s1 + i, ps);
@@ -109,7 +87,7 @@ struct Task {
           padded(round_up(rows, kQueries)),
           D(c.s.D),
           stride(row_stride<C>(D)),
-          scratch(GradientRows<C>::elements(padded, D) + padded * (2 * stride + D + 3) +
+          scratch(GradientRows<C>::elements(padded, D) + padded * (2 * stride + D + 2) +
                   4 * Tiles<C>::kElements + 2 * kKeys * stride),
           of(c.outcome, c.s, queries, scratch),
           a(scratch.take(padded * stride)),
@@ -117,17 +95,15 @@ struct Task {
           a_panels(scratch.take(padded * D)),
           r(scratch.take(padded)),
           e(scratch.take(padded)),
-          near(scratch.take(padded)),
           tiles(scratch),
           k_sum(scratch.take(kKeys * stride)),
           v_sum(scratch.take(kKeys * stride)) {
         if (c.a) pack_queries(c.a, queries, D, c.outcome.scale, a, a_panels);
         fill(r, padded, C(0));
         fill(e, padded, C(0));
-        fill(near, padded, c.a || c.b ? C(INFINITY) : C(0));
     }
 
-    // E, O' and r, which is relative to `near` until the sweep is done.
+    // r, E and O'.
     void first_sweep() {
         fill(sum, padded * stride, C(0));
         const Range range = queries.keys();
@@ -136,8 +112,7 @@ struct Task {
                 const Range some = rows_from(row), seen = seen_by(some, origin);
                 if (seen.empty()) continue;
                 fill_weights(some, seen);
-                find_near(tiles, seen.size(), columns(some), of.lse + row, near + row);
-                summarize(tiles, seen.size(), columns(some), of.lse + row, near + row, r + row);
+                summarize(tiles, seen.size(), columns(some), of.lse + row, r + row);
                 add_rows(tiles.s1, kV, some, seen);
                 if (c.c) add_rows(tiles.p, kC, some, seen);
             }
@@ -148,12 +123,10 @@ struct Task {
             const int64_t position = queries.position(row), head = queries.head(row);
             C* m = sum + row * stride;
             e[row] = dot(m, of.d_o + row * stride, D) - of.delta[row] * r[row];
-            if (c.do_bar) {
-                c.outcome.o.read(queries.b, position, head, D, r[row], o);
-                for (int64_t d = 0; d < D; d += lanes<C>) store(m + d, load(m + d) - load(o + d));
-                c.do_bar.write(queries.b, position, head, m, C(1));
-            }
-            if (near[row] < C(INFINITY)) r[row] += near[row];
+            if (!c.do_bar) continue;
+            c.outcome.o.read(queries.b, position, head, D, r[row], o);
+            for (int64_t d = 0; d < D; d += lanes<C>) store(m + d, load(m + d) - load(o + d));
+            c.do_bar.write(queries.b, position, head, m, C(1));
         }
     }
 
@@ -251,7 +224,7 @@ struct Task {
     const int64_t group, rows, padded, D, stride;
     Scratch<C> scratch;
     const GradientRows<C> of;
-    C *a, *sum, *a_panels, *r, *e, *near;
+    C *a, *sum, *a_panels, *r, *e;
     const Tiles<C> tiles;
     C *k_sum, *v_sum;
 };

@@ -42,8 +42,9 @@ inline int64_t row_stride(int64_t D) {
     return round_up(D, kColumns<C>) + kColumns<C>;
 }
 
-// e^x for x up to 88, to about one unit in the last place; 0 below -87.7, NaN kept. As 2^(x log2 e), whose
-// fraction r has the polynomial of degree 6 with the least relative error on [-1/2, 1/2], 2e-9.
+// e^x for x up to 88; 0 below -87.7, NaN kept. As 2^(x log2 e), whose fraction r has the polynomial of degree
+// 6 with the least relative error on [-1/2, 1/2], 2e-9. To about one unit in the last place near 0; that of
+// log2 e adds a fifth of a unit for each unit of x, where the result is small.
 inline vf exponential(vf x) {
     const vf floor = splat(-88.02969f), log2e = splat(1.44269504f);
     x = select<float>(x < floor, floor, x);

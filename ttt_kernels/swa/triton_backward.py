@@ -1,8 +1,6 @@
 """Attention's backward in Triton: dQ by blocks of queries, dK and dV by blocks of keys.
 
-Both recompute P from lse. Nothing is added to by two programs, so results are the same bits every time. Rows of dS sum
-to zero; but D has the rounding of O, which a mean that the keys have would show in dQ. So for dQ, what a row's sum has
-come to at its last tile is taken from that tile, in proportion to P.
+Both recompute P from lse. Nothing is added to by two programs, so results are the same bits every time.
 """
 
 import triton
@@ -60,24 +58,16 @@ def weights(
 
 @triton.jit
 def _query_tile(
-    b_dq, b_left, b_q, b_do, b_lse, b_delta, x_k, x_v, i, j, p_first, low, Tq, Tk, window, scale,
+    b_dq, b_q, b_do, b_lse, b_delta, x_k, x_v, i, j, p_first, low, Tq, Tk, window, scale,
     BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Adds dS K of the keys [j, j + BK) to b_dq, and the sums of their dS to b_left."""
+    """Adds dS K of the keys [j, j + BK)."""
     b_k = load_rows(x_k, j, low, Tk, BK, D, PIECES, EDGE)
     b_i = (i + tl.arange(0, BQ))[:, None]
     b_j = (j + tl.arange(0, BK))[None, :]
     b_p = weights(b_q, b_k, b_lse[:, None], b_i, b_j, p_first, low, Tq, Tk, window, scale, BQ, BK, D, EDGE)
     b_dp = product_t(b_do, load_rows(x_v, j, low, Tk, BK, D, PIECES, EDGE), BQ, BK, D)
-    b_ds = b_p * (b_dp - b_delta[:, None])
-    b_left += tl.sum(b_ds, 1)
-    if EDGE:
-        b_own = i + (Tk - Tq) + tl.arange(0, BQ)
-        b_total = tl.sum(b_p, 1)
-        # Of a weight that is next to nothing, more than it is would be taken.
-        m_last = (b_own >= j) & (b_own < j + BK) & (b_total > 1e-20)
-        b_ds -= b_p * (tl.where(m_last, b_left, 0.0) / tl.where(m_last, b_total, 1.0))[:, None]
-    return add_product(b_dq, b_ds, b_k, D), b_left
+    return add_product(b_dq, b_p * (b_dp - b_delta[:, None]), b_k, D)
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "window"])
@@ -85,13 +75,14 @@ def queries(
     t_q, t_k, t_v, t_o, t_do, t_dq, p_lse, p_delta, p_lengths, p_first, scale, Tq, Tk, window, heads, group,
     BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """dQ (unless t_dq is None) and D (unless p_delta is None): rowsum(dO * O), and with dQ exact, rowsum(P * dP)."""
+    """dQ (unless t_dq is None) and D = rowsum(dO * O) (unless p_delta is None)."""
     sequence, head, i = query_block(heads, Tq, BQ)
     row = (sequence * heads + head).to(tl.int64) * Tq
     x_o = head_of(t_o, sequence, head)
     x_do = head_of(t_do, sequence, head)
     b_delta = row_sums(x_o, x_do, i, Tq, BQ, D, PIECES)
-    b_left = tl.zeros((BQ,), tl.float32)
+    if p_delta is not None:
+        store_statistic(p_delta + row, b_delta, i, Tq, BQ)
     if t_dq is not None:
         low = lowest_key(p_lengths, sequence, Tk)
         x_k = head_of(t_k, sequence, head // group)
@@ -103,13 +94,11 @@ def queries(
         b_dq = zero_rows(BQ, PIECES)
         for EDGE in tl.static_range(2):
             for index in tl.range(tiles(span, BK, EDGE), disable_licm=True):
-                b_dq, b_left = _query_tile(
-                    b_dq, b_left, b_q, b_do, b_lse, b_delta, x_k, x_v, i, tile_start(span, index, BK, EDGE),
-                    p_first, low, Tq, Tk, window, scale, BQ, BK, D, PIECES, EDGE,
+                b_dq = _query_tile(
+                    b_dq, b_q, b_do, b_lse, b_delta, x_k, x_v, i, tile_start(span, index, BK, EDGE), p_first,
+                    low, Tq, Tk, window, scale, BQ, BK, D, PIECES, EDGE,
                 )  # fmt: skip
         store_rows(head_of(t_dq, sequence, head), scaled(b_dq, scale), i, Tq, BQ, D, PIECES)
-    if p_delta is not None:
-        store_statistic(p_delta + row, b_delta + b_left, i, Tq, BQ)
 
 
 @triton.jit

@@ -1,11 +1,10 @@
 """Attention's double backward in Triton, in two sweeps: `along` first, then `queries` and `keys`.
 
 With the cotangents A, B, C of dQ, dK, dV (None where zero) and the formulas of `reference.double_backward`,
-`along` computes dO_bar and the statistics r and E of the rows. Its accumulator is M = (P * (S' - n)) V + P C, so that
+`along` computes dO_bar and the statistics r and E of the rows. Its accumulator is M = (P * S') V + P C, so that
 
-    dO_bar = M - (r - n) O        E = rowsum(dO * dO_bar) = rowsum(dO * M) - D (r - n)
+    dO_bar = M - r O        E = rowsum(dO * dO_bar) = rowsum(dO * M) - D r
 
-where n, a number near r for each row, keeps what all S' of a row have in common out of a difference of rounded terms;
 and T = P * ((S' - r) * (dP - D) + dO C^T - E): neither sweep needs rowsum(P * S' * dP), since
 rowsum(P * S' * (dO V^T)) is rowsum(dO * ((P * S') V)).
 """
@@ -44,22 +43,14 @@ from ttt_kernels.swa.triton_visible import (
     tiles,
 )
 
-_NONE = tl.constexpr(float("inf"))
-
-
-@triton.jit
-def _known(b_near):
-    """n, or 0 for rows that have none yet."""
-    return tl.where(b_near == _NONE, 0.0, b_near)
-
 
 @triton.jit
 def _along_tile(
-    b_m, b_r, b_near, b_q, b_a, b_lse, x_k, x_v, x_b, x_c, i, j, p_first, low, Tq, Tk, window, key_start, scale,
+    b_m, b_r, b_q, b_a, b_lse, x_k, x_v, x_b, x_c, i, j, p_first, low, Tq, Tk, window, key_start, scale,
     BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, EDGE: tl.constexpr,
     SHIFTED: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys [j, j + BK) to r - n and, where SUM, to M; n is _NONE for rows that have seen no key."""
+    """Adds the keys [j, j + BK) to r and, where SUM, to M."""
     b_k = load_rows(x_k, j, low, Tk, BK, D, PIECES, EDGE)
     b_i = (i + tl.arange(0, BQ))[:, None]
     b_j = (j + tl.arange(0, BK))[None, :]
@@ -71,20 +62,14 @@ def _along_tile(
         if x_b is not None:
             b_b = load_rows(x_b, j, tl.maximum(low, key_start), Tk, BK, D, PIECES, EDGE or SHIFTED)
             b_s1 = add_product_t(b_s1, b_q, b_b, D)
-        b_s1 = b_s1 * scale
-        b_total = tl.sum(b_p, 1)
-        b_sum = tl.sum(b_p * b_s1, 1)
-        m_new = (b_near == _NONE) & (b_total > 0)
-        b_near = tl.where(m_new, b_sum / tl.where(m_new, b_total, 1.0), b_near)
-        b_known = _known(b_near)
-        b_r += b_sum - b_known * b_total
-        b_ps1 = b_p * (b_s1 - b_known[:, None])
+        b_ps1 = b_p * b_s1 * scale
+        b_r += tl.sum(b_ps1, 1)
         if SUM:
             b_m = add_product(b_m, b_ps1, load_rows(x_v, j, low, Tk, BK, D, PIECES, EDGE), D)
     if SUM and x_c is not None:
         b_c = load_rows(x_c, j, tl.maximum(low, key_start), Tk, BK, D, PIECES, EDGE or SHIFTED)
         b_m = add_product(b_m, b_p, b_c, D)
-    return b_m, b_r, b_near
+    return b_m, b_r
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "window", "key_start"])
@@ -113,14 +98,13 @@ def along(
     SUM: tl.constexpr = t_dobar is not None or p_e is not None
     b_m = zero_rows(BQ, PIECES)
     b_r = tl.zeros((BQ,), tl.float32)
-    b_near = tl.full((BQ,), _NONE, tl.float32)
     for EDGE in tl.static_range(2):
         for index in tl.range(tiles(span, BK, EDGE), disable_licm=True):
-            b_m, b_r, b_near = _along_tile(
-                b_m, b_r, b_near, b_q, b_a, b_lse, x_k, x_v, x_b, x_c, i, tile_start(span, index, BK, EDGE),
-                p_first, low, Tq, Tk, window, key_start, scale, BQ, BK, D, PIECES, EDGE, SHIFTED, SUM,
+            b_m, b_r = _along_tile(
+                b_m, b_r, b_q, b_a, b_lse, x_k, x_v, x_b, x_c, i, tile_start(span, index, BK, EDGE), p_first,
+                low, Tq, Tk, window, key_start, scale, BQ, BK, D, PIECES, EDGE, SHIFTED, SUM,
             )  # fmt: skip
-    store_statistic(p_r + row, b_r + _known(b_near), i, Tq, BQ)
+    store_statistic(p_r + row, b_r, i, Tq, BQ)
     # Piece by piece and one result after the other: more at once would overflow the registers.
     if t_dobar is not None:
         for piece in tl.static_range(len(PIECES)):

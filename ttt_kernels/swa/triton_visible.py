@@ -62,8 +62,7 @@ def key_range(i, p_first, low, Tq, Tk, window, BQ: tl.constexpr, BK: tl.constexp
     end = last + (Tk - Tq) + 1
     begin = tl.minimum(first_key(i, p_first, low, Tq, Tk, window) // BK * BK, end)
     full = tl.minimum(tl.cdiv(first_key(last, p_first, low, Tq, Tk, window), BK) * BK, end)
-    # The tile with a query's own key is not in the middle, so that it is the last of which the query sees a key.
-    full_end = tl.maximum((i + (Tk - Tq)) // BK * BK, full)
+    full_end = tl.maximum((i + (Tk - Tq) + 1) // BK * BK, full)
     left = tl.cdiv(full - begin, BK)
     return begin, full, full_end, left, left + tl.cdiv(end - full_end, BK)
 
