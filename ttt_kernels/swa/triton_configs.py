@@ -112,7 +112,7 @@ _AMPERE: Table = {
     "backward_queries": {
         64: (config(64, 32, 4, 2),),
         128: (config(64, 32, 8, 2),),
-        256: (config(32, 16, 8, 1),),
+        256: (config(16, 32, 4, 1),),
     },
     "backward_keys": {
         64: (config(32, 32, 4, 2),),
