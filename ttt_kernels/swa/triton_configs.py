@@ -119,7 +119,7 @@ _AMPERE: Table = {
         128: (config(32, 64, 8, 1),),
         256: (config(16, 32, 8, 1),),
     },
-    "along": {64: (config(64, 32, 8, 2),), 128: (config(64, 32, 8, 1),), 256: (config(16, 32, 4, 1),)},
+    "along": {64: (config(64, 32, 8, 2),), 128: (config(64, 32, 8, 1),), 256: (config(32, 16, 4, 1),)},
     "double_backward_queries": {
         64: (config(64, 32, 8, 1),),
         128: (config(32, 16, 8, 1),),
