@@ -97,18 +97,16 @@ class Own(Contender):
         if order == "all":
             return super().prepare(problem, x, order)
         given: tuple[Any, ...] = (x.q, x.k, x.v, None, None)
-        settings = (problem.window, problem.scale, 0)
+        settings = (problem.window, problem.scale, 0, order != "forward")
         if order == "forward":
             return lambda: operator.forward(*given, *settings, backend=self.backend)[:1]
-        o, lse = operator.forward(*given, *settings, backend=self.backend)
+        kept = operator.forward(*given, *settings, backend=self.backend)
         if order == "backward":
             return lambda: operator.backward(
-                x.d_o, *given, o, lse, *settings, needs=(True,) * 3, backend=self.backend
+                x.d_o, *given, *kept, *settings, needs=(True,) * 3, backend=self.backend
             )
         kernels = operator.kernels["reference"] | operator.kernels[self.backend]
-        return lambda: kernels["double_backward"](
-            x.a, x.b, x.c, x.d_o, *given, o, lse, *settings, (True,) * 4
-        )
+        return lambda: kernels["double_backward"](x.a, x.b, x.c, x.d_o, *given, *kept, *settings, (True,) * 4)
 
 
 class Sdpa(Contender):

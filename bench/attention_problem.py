@@ -142,17 +142,17 @@ def _last(t: Tensor, rows: int) -> Tensor:
 def _by_formulas(x: Inputs, problem: Problem, orders: Sequence[str]) -> dict[str, list[Tensor]]:
     """Every result of the orders; the gradients of d_o, q, k and v are the double backward's."""
     given = (x.q, x.k, x.v, None, None)
-    settings = (problem.window, problem.scale, 0)
-    o, lse = reference.forward(*given, *settings)
-    results = {"forward": [o]}
+    settings = (problem.window, problem.scale, 0, True)
+    kept = reference.forward(*given, *settings)
+    results = {"forward": [kept[0]]}
     if set(orders) != {"forward"}:
         results["backward"] = _given(
-            reference.backward(x.d_o, *given, o, lse, *settings, needs=(True, True, True))
+            reference.backward(x.d_o, *given, *kept, *settings, needs=(True, True, True))
         )
     if {"double-backward", "all"} & set(orders):
         results["double-backward"] = _given(
             reference.double_backward(
-                x.a, x.b, x.c, x.d_o, *given, o, lse, *settings, needs=(True, True, True, True)
+                x.a, x.b, x.c, x.d_o, *given, *kept, *settings, needs=(True, True, True, True)
             )
         )
         results["all"] = [t for order in ORDERS[:3] for t in results[order]]

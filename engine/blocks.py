@@ -54,7 +54,14 @@ class MLPTape(NamedTuple):
 
 
 def attention_forward(
-    ops: Ops, w: BlockWeights, x: Tensor, positions: Tensor, cache: Cache, window: int | None
+    ops: Ops,
+    w: BlockWeights,
+    x: Tensor,
+    positions: Tensor,
+    cache: Cache,
+    window: int | None,
+    *,
+    for_backward: bool,
 ) -> tuple[Tensor, AttentionTape]:
     """x (B, T, d) at `positions` (T,); returns x plus the branch."""
     heads = (*x.shape[:2], 3, -1, w.q_norm.shape[0])
@@ -64,7 +71,7 @@ def attention_forward(
     k_normed, k_rstd = ops.norm(k_raw, w.k_norm)
     q = ops.rope(q_normed, positions)
     keys, values = cache.extend(ops.rope(k_normed, positions), v)
-    o, saved = ops.attention(q, keys, values, window)
+    o, saved = ops.attention(q, keys, values, window, for_backward=for_backward)
     a = ops.linear(o.flatten(2), w.w_o)
     p, post_rstd = ops.norm(a, w.seq_post_norm)
     tape = AttentionTape(
@@ -136,7 +143,7 @@ def prefix_forward(
 ) -> Tensor:
     """x (B, T, d) through blocks without fast weights."""
     for w, cache in zip(blocks, caches, strict=True):
-        x, _ = attention_forward(ops, w, x, positions, cache, window)
+        x, _ = attention_forward(ops, w, x, positions, cache, window, for_backward=False)
         x, _ = mlp_forward(ops, w.mlp, w.mlp.matrices, x)
     return x
 
@@ -152,9 +159,9 @@ def suffix_forward(
 ) -> tuple[Tensor, list[SuffixTape]]:
     """x (B, T, d) through the blocks with fast weights, (gate, up, down) per block as products read them."""
     tapes = []
-    for w, matrices, cache in zip(blocks, fast, caches, strict=True):
+    for index, (w, matrices, cache) in enumerate(zip(blocks, fast, caches, strict=True)):
         assert w.fast is not None
-        x, attention = attention_forward(ops, w, x, positions, cache, window)
+        x, attention = attention_forward(ops, w, x, positions, cache, window, for_backward=index > 0)
         x, fast_tape = mlp_forward(ops, w.fast, matrices, x)
         x, mlp = mlp_forward(ops, w.mlp, w.mlp.matrices, x)
         tapes.append(SuffixTape(attention, fast_tape, mlp))

@@ -21,6 +21,7 @@ from ttt_kernels.linear_ce import operator as linear_ce
 from ttt_kernels.rms_norm import operator as rms_norm
 from ttt_kernels.rope import operator as rope
 from ttt_kernels.swa import operator as swa
+from ttt_kernels.swa import recorded
 from ttt_kernels.swiglu import operator as swiglu
 
 if TYPE_CHECKING:
@@ -61,9 +62,12 @@ class Ops:
         backend = self._backend["rope"]
         return rope.backward(dy, x, positions, self._theta, True, needs=(True,), backend=backend)[0]
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Any]:
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, *, for_backward: bool
+    ) -> tuple[Tensor, Any]:
         """Attention over all given keys; also what its backward needs beside the arguments."""
-        arguments = (q, k, v, None, None, window, self._scale, 0)
+        keep_rest = for_backward or recorded(q, k, v)
+        arguments = (q, k, v, None, None, window, self._scale, 0, keep_rest)
         o, *saved = swa.forward(*arguments, backend=self._backend["swa"])
         return o, (o, *saved)
 
@@ -72,7 +76,7 @@ class Ops:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q and of the last keys and values, those that belong to the queries."""
         key_start = k.shape[1] - q.shape[1]
-        arguments = (do, q, k, v, None, None, *saved, window, self._scale, key_start)
+        arguments = (do, q, k, v, None, None, *saved, window, self._scale, key_start, True)
         dq, dk, dv = swa.backward(*arguments, needs=(True, True, True), backend=self._backend["swa"])
         return dq, dk, dv
 

@@ -221,7 +221,7 @@ def test_an_error_that_only_the_full_length_shows_is_found(
 def test_a_result_that_is_not_a_number_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     right = operator.kernels["reference"]["forward"]
     monkeypatch.setitem(
-        operator.kernels["reference"], "forward", lambda *a: (right(*a)[0] * float("nan"), right(*a)[1])
+        operator.kernels["reference"], "forward", lambda *a: (right(*a)[0] * float("nan"), *right(*a)[1:])
     )
     file = tmp_path / "rows.json"
     assert kernels.main([*SHORT, "--orders", "forward", "--baselines", "none", "--json", str(file)]) == 1

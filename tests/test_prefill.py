@@ -48,9 +48,10 @@ def test_pieces_equal_the_whole(
     whole = m.prefill(tokens, whole_state, backend=backend)
     pieces = read(state, tokens, [c for c in cuts if c < length], backend)
     assert torch.isnan(whole.nll[:, 0]).all()
-    # Inner steps at a rate of 1 amplify rounding: the order of float32 sums alone makes differences of 3e-5 here.
-    torch.testing.assert_close(pieces.nll, whole.nll, rtol=0, atol=6e-5, equal_nan=True)
-    torch.testing.assert_close(pieces.logits, whole.logits, rtol=0, atol=6e-5)
+    torch.testing.assert_close(pieces.nll, whole.nll, rtol=0, atol=2e-5, equal_nan=True)
+    # Inner steps at a rate of 1 amplify rounding: single logits of 46 tokens cut at 8 differ by 2.8e-5, while 99 of 100
+    # examples stay below 8e-6.
+    torch.testing.assert_close(pieces.logits, whole.logits, rtol=0, atol=4e-5)
     assert_same_fast(state.fast_weights(), whole_state.fast_weights())
     assert state.position.tolist() == [length] * batch
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import BACKENDS, assert_within_budget, draw
+from harness import BACKENDS, assert_within_budget, draw, relative_error
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
@@ -29,13 +29,13 @@ def samples(backend: str, key_start: int = 0) -> dict[str, tuple]:
     """Arguments of the three registered operators."""
     q, k, v = (t.requires_grad_() for t in qkv())
     given = (q, k, v, LENGTHS.int(), None)
-    params = (4, 0.7, key_start)
-    o, lse = (t.detach() for t in operator.forward(*given, *params, backend="reference"))
+    params = (4, 0.7, key_start, True)
+    kept = (t.detach() for t in operator.forward(*given, *params, backend="reference"))
     d_o = draw(*q.shape, seed=3).requires_grad_()
     g_q, g_k, g_v = (draw(*t.shape, seed=4 + i) for i, t in enumerate((q, k, v)))
-    backward = (d_o, *given, o, lse, *params)
+    backward = (d_o, *given, *kept, *params)
     return {
-        "": (*given, 4, 0.7, 0, backend),
+        "": (*given, 4, 0.7, 0, True, backend),
         "_backward": (*backward, [True] * 3, backend),
         "_double_backward": (g_q, g_k[:, key_start:], g_v[:, key_start:], *backward, [True] * 4, backend),
     }
@@ -53,6 +53,18 @@ def test_opcheck(backend: str, order: str, key_start: int) -> None:
     arguments = samples(backend, key_start)[order]
     arguments = detached(arguments) if order == "_double_backward" else arguments
     opcheck(getattr(torch.ops.ttt_kernels, f"swa{order}").default, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("keep_rest", [False, True])
+def test_opcheck_in_16_bits(backend: str, keep_rest: bool) -> None:
+    given = (*(t.bfloat16() for t in qkv()), LENGTHS, None, 4, 0.7, 0, keep_rest)
+    opcheck(torch.ops.ttt_kernels.swa.default, (*given, backend))
+    o, _, o_rest = operator.forward(*given, backend=backend)
+    assert o_rest.shape == (o.shape if keep_rest else (0,))
+    wide = operator.forward(*(t.double() for t in given[:3]), *given[3:], backend="reference")[0]
+    if keep_rest:
+        assert relative_error(o.double() + o_rest, wide) < 0.8 * relative_error(o, wide)
 
 
 @pytest.mark.slow
@@ -234,12 +246,11 @@ def test_jvp_within_budget(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("order", ["", "_backward"])
 def test_opcheck_of_the_jvp(order: str) -> None:
     given = [t.requires_grad_() for seed in (0, 10) for t in qkv(seed)]
-    o, tangent, lse = jvp.operator.forward(*given, LENGTHS, None, 4, 0.7, backend="reference")
+    o, tangent, *saved = jvp.operator.forward(*given, LENGTHS, None, 4, 0.7, backend="reference")
     arguments = (*given, LENGTHS, None, 4, 0.7, BACKENDS[0])
     if order:
         d = [draw(*t.shape, seed=20 + i) for i, t in enumerate((o, tangent))]
-        saved = (o.detach(), lse.detach(), 4, 0.7, [True] * 6, BACKENDS[0])
-        arguments = detached((*d, *given, LENGTHS, None, *saved))
+        arguments = detached((*d, *given, LENGTHS, None, o, *saved, 4, 0.7, [True] * 6, BACKENDS[0]))
     opcheck(getattr(torch.ops.ttt_kernels, f"swa_jvp{order}").default, arguments)
 
 

@@ -4,19 +4,22 @@
 #pragma once
 
 #define TTT_DECLARE_SWA                                                                                      \
-    /* -> o (B, Tq, H, D), contiguous; lse (B, H, Tq) in C: log of the sum of e^score, -inf without keys */  \
+    /* -> o (B, Tq, H, D), contiguous; o_rest, alike, what o lost to rounding, or null;                      \
+       lse (B, H, Tq) in C: log of the sum of e^score, -inf without keys. */                                 \
     void swa_forward(Dtype dtype, const void* q, int64_t q_b, int64_t q_t, int64_t q_h, const void* k,       \
                      int64_t k_b, int64_t k_t, int64_t k_h, const void* v, int64_t v_b, int64_t v_t,         \
-                     int64_t v_h, const int64_t* first, int64_t first_b, void* o, void* lse, int64_t B,      \
-                     int64_t Tq, int64_t Tk, int64_t H, int64_t Hk, int64_t D, double scale);                \
+                     int64_t v_h, const int64_t* first, int64_t first_b, void* o, void* o_rest, void* lse,   \
+                     int64_t B, int64_t Tq, int64_t Tk, int64_t H, int64_t Hk, int64_t D, double scale);     \
     /* -> dq (B, Tq, H, D), contiguous; dk, dv (B, Tk - key_start, Hk, D) in C, contiguous, added to: the    \
-       gradients of the keys and values from key_start on; each may be null. lse as forward gave it. */      \
+       gradients of the keys and values from key_start on; each may be null. lse and o_rest as forward gave  \
+       them. */                                                                                              \
     void swa_backward(Dtype dtype, const void* d_o, int64_t do_b, int64_t do_t, int64_t do_h, const void* q, \
                       int64_t q_b, int64_t q_t, int64_t q_h, const void* k, int64_t k_b, int64_t k_t,        \
                       int64_t k_h, const void* v, int64_t v_b, int64_t v_t, int64_t v_h,                     \
                       const int64_t* first, int64_t first_b, const void* o, int64_t o_b, int64_t o_t,        \
-                      int64_t o_h, const void* lse, void* dq, void* dk, void* dv, int64_t B, int64_t Tq,     \
-                      int64_t Tk, int64_t H, int64_t Hk, int64_t D, int64_t key_start, double scale);        \
+                      int64_t o_h, const void* o_rest, int64_t rest_b, int64_t rest_t, int64_t rest_h,       \
+                      const void* lse, void* dq, void* dk, void* dv, int64_t B, int64_t Tq, int64_t Tk,      \
+                      int64_t H, int64_t Hk, int64_t D, int64_t key_start, double scale);                    \
     /* a (like q), b, c (B, Tk - key_start, Hk, D): cotangents of dq, dk and dv, null for zero -> do_bar,    \
        q_bar (B, Tq, H, D), contiguous; k_bar, v_bar (B, Tk, Hk, D) in C, contiguous, added to: the          \
        cotangents of d_o, q, k and v; each may be null. */                                                   \
@@ -26,8 +29,9 @@
         int64_t do_b, int64_t do_t, int64_t do_h, const void* q, int64_t q_b, int64_t q_t, int64_t q_h,      \
         const void* k, int64_t k_b, int64_t k_t, int64_t k_h, const void* v, int64_t v_b, int64_t v_t,       \
         int64_t v_h, const int64_t* first, int64_t first_b, const void* o, int64_t o_b, int64_t o_t,         \
-        int64_t o_h, const void* lse, void* do_bar, void* q_bar, void* k_bar, void* v_bar, int64_t B,        \
-        int64_t Tq, int64_t Tk, int64_t H, int64_t Hk, int64_t D, int64_t key_start, double scale);
+        int64_t o_h, const void* o_rest, int64_t rest_b, int64_t rest_t, int64_t rest_h, const void* lse,    \
+        void* do_bar, void* q_bar, void* k_bar, void* v_bar, int64_t B, int64_t Tq, int64_t Tk, int64_t H,   \
+        int64_t Hk, int64_t D, int64_t key_start, double scale);
 
 #define TTT_LIST_SWA(X) \
     X(swa_forward)      \

@@ -110,17 +110,18 @@ void backward(const Call<C>& c) {
 void swa_backward(Dtype dtype, const void* d_o, int64_t do_b, int64_t do_t, int64_t do_h, const void* q,
                   int64_t q_b, int64_t q_t, int64_t q_h, const void* k, int64_t k_b, int64_t k_t, int64_t k_h,
                   const void* v, int64_t v_b, int64_t v_t, int64_t v_h, const int64_t* first, int64_t first_b,
-                  const void* o, int64_t o_b, int64_t o_t, int64_t o_h, const void* lse, void* dq, void* dk,
-                  void* dv, int64_t B, int64_t Tq, int64_t Tk, int64_t H, int64_t Hk, int64_t D,
-                  int64_t key_start, double scale) {
+                  const void* o, int64_t o_b, int64_t o_t, int64_t o_h, const void* o_rest, int64_t rest_b,
+                  int64_t rest_t, int64_t rest_h, const void* lse, void* dq, void* dk, void* dv, int64_t B,
+                  int64_t Tq, int64_t Tk, int64_t H, int64_t Hk, int64_t D, int64_t key_start, double scale) {
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         using C = compute_t<T>;
         backward<C>({{B, Tq, Tk, H, Hk, D, first, first_b},
                      {Tensor<T>{static_cast<const T*>(q), q_b, q_t, q_h},
                       Tensor<T>{static_cast<const T*>(d_o), do_b, do_t, do_h},
-                      Tensor<T>{static_cast<const T*>(o), o_b, o_t, o_h}, static_cast<const C*>(lse),
-                      static_cast<C>(scale)},
+                      Tensor<T>{static_cast<const T*>(o), o_b, o_t, o_h},
+                      Tensor<T>{static_cast<const T*>(o_rest), rest_b, rest_t, rest_h},
+                      static_cast<const C*>(lse), static_cast<C>(scale)},
                      Tensor<T>{static_cast<const T*>(k), k_b, k_t, k_h},
                      Tensor<T>{static_cast<const T*>(v), v_b, v_t, v_h},
                      {static_cast<T*>(dq), Tq, H, D},

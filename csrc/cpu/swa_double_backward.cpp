@@ -1,12 +1,13 @@
 // Attention over a sliding window, backward of the backward: given the cotangents A, B, C of dQ, dK, dV, with
 // P and D as in the backward pass,
-//     S' = s (A K^T + Q B^T)    r = rowsum(P * S')    M = (P * S') V + P C    O' = M - r O
-//     E  = rowsum(dO * O') = rowsum(dO * M) - D r
+//     S' = s (A K^T + Q B^T)    r = rowsum(P * S')
+//     M  = (P * (S' - n)) V + P C    O' = M - (r - n) O    E = rowsum(dO * O') = rowsum(dO * M) - D (r - n)
 //     P' = P * (S' - r)    T = P * ((S' - r) * (dP - D) + dO C^T - E)
 //     Q' = s (dS B + T K)    K' = s (dS^T A + T^T Q)    V' = P'^T dO
-// A task has the queries of a chunk and goes twice through the keys that they see: first for r, E and O', its
-// cotangent of dO, which is also the derivative of the output along (A, B, C); then for the others. It shares
-// its part of K' and V' as the backward pass does.
+// where n, some number near r, keeps what all S' of a row have in common (as where keys have something in
+// common) out of a difference of rounded terms. A task has the queries of a chunk and goes twice through the
+// keys that they see: first for r, E and O', its cotangent of dO, which is also the derivative of the output
+// along (A, B, C); then for the others. It shares its part of K' and V' as the backward pass does.
 #include "common/parallel.h"
 #include "cpu/kernels.h"
 #include "cpu/swa_gradient.h"
@@ -44,14 +45,35 @@ struct Tiles {
           g(scratch.take(kElements)) {}
 };
 
-// Takes one tile of the first sweep: p becomes P, s1 becomes P * S', and r grows.
+// Sets n of the rows that have none yet, which is infinite, to what is nearest to 0 between the least and the
+// greatest S' of a tile whose keys they see; then large S' with small weights do not make it large.
 template <class C>
-void summarize(const Tiles<C>& t, int64_t keys, int64_t columns, const C* lse, C* r) {
+void approach(const Tiles<C>& t, int64_t keys, int64_t columns, C* near) {
+    const vec<C> none = splat(C(INFINITY)), zero{};
     for (int64_t c = 0; c < columns; c += lanes<C>) {
-        const vec<C> l = load(lse + c);
+        const vec<C> n = load(near + c);
+        if (max_lanes<C>(n) < C(INFINITY)) continue;
+        vec<C> low = none, high = -none;
+        for (int64_t i = c; i < keys * kQueries; i += kQueries) {
+            const auto hidden = load(t.p + i) == -none;
+            const vec<C> s = load(t.s1 + i);
+            low = -max<C>(-low, select<C>(hidden, -none, -s));
+            high = max<C>(high, select<C>(hidden, -none, s));
+        }
+        const vec<C> found = select<C>(low > zero, low, select<C>(high < zero, high, zero));
+        store(near + c, select<C>((n == none) & (low < none), found, n));
+    }
+}
+
+// Takes one tile of the first sweep: p becomes P, s1 becomes P * (S' - n), and r - n grows.
+template <class C>
+void summarize(const Tiles<C>& t, int64_t keys, int64_t columns, const C* lse, const C* near, C* r) {
+    for (int64_t c = 0; c < columns; c += lanes<C>) {
+        const vec<C> l = load(lse + c), known = load(near + c),
+                     n = select<C>(known < splat(C(INFINITY)), known, vec<C>{});
         vec<C> sum{};
         for (int64_t i = c; i < keys * kQueries; i += kQueries) {
-            const vec<C> p = weight<C>(load(t.p + i), l), ps = p * load(t.s1 + i);
+            const vec<C> p = weight<C>(load(t.p + i), l), ps = p * (load(t.s1 + i) - n);
             sum += ps;
             store(t.p + i, p);
             store(t.s1 + i, ps);
@@ -87,7 +109,7 @@ struct Task {
           padded(round_up(rows, kQueries)),
           D(c.s.D),
           stride(row_stride<C>(D)),
-          scratch(GradientRows<C>::elements(padded, D) + padded * (2 * stride + D + 2) +
+          scratch(GradientRows<C>::elements(padded, D) + padded * (2 * stride + D + 3) +
                   4 * Tiles<C>::kElements + 2 * kKeys * stride),
           of(c.outcome, c.s, queries, scratch),
           a(scratch.take(padded * stride)),
@@ -95,15 +117,17 @@ struct Task {
           a_panels(scratch.take(padded * D)),
           r(scratch.take(padded)),
           e(scratch.take(padded)),
+          near(scratch.take(padded)),
           tiles(scratch),
           k_sum(scratch.take(kKeys * stride)),
           v_sum(scratch.take(kKeys * stride)) {
         if (c.a) pack_queries(c.a, queries, D, c.outcome.scale, a, a_panels);
         fill(r, padded, C(0));
         fill(e, padded, C(0));
+        fill(near, padded, C(INFINITY));
     }
 
-    // r, E and O'.
+    // r, E and O'. On the way, r is r - n.
     void first_sweep() {
         fill(sum, padded * stride, C(0));
         const Range range = queries.keys();
@@ -112,21 +136,24 @@ struct Task {
                 const Range some = rows_from(row), seen = seen_by(some, origin);
                 if (seen.empty()) continue;
                 fill_weights(some, seen);
-                summarize(tiles, seen.size(), columns(some), of.lse + row, r + row);
+                approach(tiles, seen.size(), columns(some), near + row);
+                summarize(tiles, seen.size(), columns(some), of.lse + row, near + row, r + row);
                 add_rows(tiles.s1, kV, some, seen);
                 if (c.c) add_rows(tiles.p, kC, some, seen);
             }
         }
-        Scratch<C> memory(stride);
-        C* o = memory.take(stride);
+        Scratch<C> memory(2 * stride);
+        C *o = memory.take(stride), *spare = memory.take(stride);
         for (int64_t row = 0; row < rows; ++row) {
             const int64_t position = queries.position(row), head = queries.head(row);
             C* m = sum + row * stride;
             e[row] = dot(m, of.d_o + row * stride, D) - of.delta[row] * r[row];
-            if (!c.do_bar) continue;
-            c.outcome.o.read(queries.b, position, head, D, r[row], o);
-            for (int64_t d = 0; d < D; d += lanes<C>) store(m + d, load(m + d) - load(o + d));
-            c.do_bar.write(queries.b, position, head, m, C(1));
+            if (c.do_bar) {
+                c.outcome.read(queries.b, position, head, D, r[row], o, spare);
+                for (int64_t d = 0; d < D; d += lanes<C>) store(m + d, load(m + d) - load(o + d));
+                c.do_bar.write(queries.b, position, head, m, C(1));
+            }
+            if (near[row] < C(INFINITY)) r[row] += near[row];
         }
     }
 
@@ -224,7 +251,7 @@ struct Task {
     const int64_t group, rows, padded, D, stride;
     Scratch<C> scratch;
     const GradientRows<C> of;
-    C *a, *sum, *a_panels, *r, *e;
+    C *a, *sum, *a_panels, *r, *e, *near;
     const Tiles<C> tiles;
     C *k_sum, *v_sum;
 };
@@ -252,28 +279,30 @@ void swa_double_backward(Dtype dtype, const void* a, int64_t a_b, int64_t a_t, i
                          const void* q, int64_t q_b, int64_t q_t, int64_t q_h, const void* k, int64_t k_b,
                          int64_t k_t, int64_t k_h, const void* v, int64_t v_b, int64_t v_t, int64_t v_h,
                          const int64_t* first, int64_t first_b, const void* o, int64_t o_b, int64_t o_t,
-                         int64_t o_h, const void* lse, void* do_bar, void* q_bar, void* k_bar, void* v_bar,
-                         int64_t B, int64_t Tq, int64_t Tk, int64_t H, int64_t Hk, int64_t D,
-                         int64_t key_start, double scale) {
+                         int64_t o_h, const void* o_rest, int64_t rest_b, int64_t rest_t, int64_t rest_h,
+                         const void* lse, void* do_bar, void* q_bar, void* k_bar, void* v_bar, int64_t B,
+                         int64_t Tq, int64_t Tk, int64_t H, int64_t Hk, int64_t D, int64_t key_start,
+                         double scale) {
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         using C = compute_t<T>;
         const auto tensor = [](const void* data, int64_t of_b, int64_t of_t, int64_t of_h) {
             return Tensor<T>{static_cast<const T*>(data), of_b, of_t, of_h};
         };
-        double_backward<C>({{B, Tq, Tk, H, Hk, D, first, first_b},
-                            {tensor(q, q_b, q_t, q_h), tensor(d_o, do_b, do_t, do_h),
-                             tensor(o, o_b, o_t, o_h), static_cast<const C*>(lse), static_cast<C>(scale)},
-                            tensor(k, k_b, k_t, k_h),
-                            tensor(v, v_b, v_t, v_h),
-                            tensor(a, a_b, a_t, a_h),
-                            tensor(b, b_b, b_t, b_h),
-                            tensor(c, c_b, c_t, c_h),
-                            key_start,
-                            {static_cast<T*>(do_bar), Tq, H, D},
-                            {static_cast<T*>(q_bar), Tq, H, D},
-                            {static_cast<C*>(k_bar), 0},
-                            {static_cast<C*>(v_bar), 0}});
+        double_backward<C>(
+            {{B, Tq, Tk, H, Hk, D, first, first_b},
+             {tensor(q, q_b, q_t, q_h), tensor(d_o, do_b, do_t, do_h), tensor(o, o_b, o_t, o_h),
+              tensor(o_rest, rest_b, rest_t, rest_h), static_cast<const C*>(lse), static_cast<C>(scale)},
+             tensor(k, k_b, k_t, k_h),
+             tensor(v, v_b, v_t, v_h),
+             tensor(a, a_b, a_t, a_h),
+             tensor(b, b_b, b_t, b_h),
+             tensor(c, c_b, c_t, c_h),
+             key_start,
+             {static_cast<T*>(do_bar), Tq, H, D},
+             {static_cast<T*>(q_bar), Tq, H, D},
+             {static_cast<C*>(k_bar), 0},
+             {static_cast<C*>(v_bar), 0}});
     });
 }
 

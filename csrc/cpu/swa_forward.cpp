@@ -19,7 +19,7 @@ template <class C>
 struct Call {
     Sizes s;
     Source<C> q, k, v;
-    Sink<C> o;
+    Sink<C> o, o_rest;
     C* lse;
     C scale;
 };
@@ -80,14 +80,16 @@ void attend(const Call<C>& c, const Queries& queries, const Keys<C>& keys, int64
     }
 }
 
-// Writes o and lse of a task's rows.
+// Writes o, what it loses to rounding, and lse of a task's rows.
 template <class C>
 void finish(const Call<C>& c, const Queries& queries, const Running<C>& run) {
     const Sizes& s = c.s;
     for (int64_t r = 0; r < queries.rows(); ++r) {
         const int64_t position = queries.position(r), head = queries.head(r);
         const C inverse = run.l[r] == C(0) ? C(0) : C(1) / run.l[r];
-        c.o.write(queries.b, position, head, run.o + r * run.stride, inverse);
+        const C* row = run.o + r * run.stride;
+        c.o.write(queries.b, position, head, row, inverse);
+        if (c.o_rest) c.o_rest.write_rest(queries.b, position, head, row, inverse);
         c.lse[(queries.b * s.H + head) * s.Tq + position] = run.m[r] + std::log(run.l[r]);
     }
 }
@@ -148,8 +150,8 @@ void forward(const Call<C>& c) {
 
 void swa_forward(Dtype dtype, const void* q, int64_t q_b, int64_t q_t, int64_t q_h, const void* k,
                  int64_t k_b, int64_t k_t, int64_t k_h, const void* v, int64_t v_b, int64_t v_t, int64_t v_h,
-                 const int64_t* first, int64_t first_b, void* o, void* lse, int64_t B, int64_t Tq, int64_t Tk,
-                 int64_t H, int64_t Hk, int64_t D, double scale) {
+                 const int64_t* first, int64_t first_b, void* o, void* o_rest, void* lse, int64_t B,
+                 int64_t Tq, int64_t Tk, int64_t H, int64_t Hk, int64_t D, double scale) {
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         using C = compute_t<T>;
@@ -160,6 +162,7 @@ void swa_forward(Dtype dtype, const void* q, int64_t q_b, int64_t q_t, int64_t q
                         keys,
                         values,
                         {static_cast<T*>(o), Tq, H, D},
+                        {static_cast<T*>(o_rest), Tq, H, D},
                         static_cast<C*>(lse),
                         static_cast<C>(scale)};
         if (c.s.most_rows() > kFewRows) return forward(c);

@@ -5,12 +5,22 @@
 
 namespace ttt::TTT_ISA::swa {
 
-// Queries, the cotangent and the value of the output, and its log-sum-exp (B, H, Tq).
+// Queries, the cotangent and the value of the output, what the value lost to rounding (or nothing), and its
+// log-sum-exp (B, H, Tq).
 template <class C>
 struct Outcome {
-    Source<C> q, d_o, o;
+    Source<C> q, d_o, o, o_rest;
     const C* lse;
     C scale;
+
+    // out = that row of the output * factor, before rounding where its rest is there; `spare` is as long as
+    // out.
+    void read(int64_t sequence, int64_t position, int64_t head, int64_t D, C factor, C* out, C* spare) const {
+        o.read(sequence, position, head, D, factor, out);
+        if (!o_rest) return;
+        o_rest.read(sequence, position, head, D, factor, spare);
+        for (int64_t d = 0; d < D; d += lanes<C>) store(out + d, load(out + d) + load(spare + d));
+    }
 };
 
 // The inner product of two rows, which are padded with zeros.
@@ -48,14 +58,14 @@ struct GradientRows {
         pack_queries(from.d_o, queries, D, C(1), d_o, do_panels);
         fill(lse, padded, C(0));
         fill(delta, padded, C(0));
-        Scratch<C> row(stride);
-        C* o = row.take(stride);
+        Scratch<C> row(2 * stride);
+        C *o = row.take(stride), *spare = row.take(stride);
         for (int64_t r = 0; r < queries.rows(); ++r) {
             const int64_t position = queries.position(r), head = queries.head(r);
             const C value = from.lse[(queries.b * s.H + head) * s.Tq + position];
             // A row without keys has the lse -inf, from which its scores of -inf would differ by NaN.
             lse[r] = value == C(-INFINITY) ? C(0) : value;
-            from.o.read(queries.b, position, head, D, C(1), o);
+            from.read(queries.b, position, head, D, C(1), o, spare);
             delta[r] = dot(o, d_o + r * stride, D);
         }
     }

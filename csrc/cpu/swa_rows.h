@@ -77,6 +77,18 @@ inline void narrow_row(const C* row, int64_t D, C factor, T* out) {
     if (d < D) store_first(out + d, load(row + d) * factor, D - d);
 }
 
+// out (D) = what narrow_row loses of a row, in its element type.
+template <class T, class C = compute_t<T>>
+inline void narrow_rest(const C* row, int64_t D, C factor, T* out) {
+    constexpr int L = lanes<C>;
+    T kept[L];
+    for (int64_t d = 0; d < D; d += L) {
+        const vec<C> x = load(row + d) * factor;
+        store(kept, x);
+        store_first(out + d, x - load(kept), least(L, D - d));
+    }
+}
+
 // A tensor whose rows are read in the type computed in, so that what is computed from them is compiled once
 // for all element types. Without data: not given.
 template <class C>
@@ -123,18 +135,30 @@ class Sink {
           size_(sizeof(T)),
           narrow_([](const C* row, int64_t n, C factor, void* out) {
               narrow_row(row, n, factor, static_cast<T*>(out));
+          }),
+          narrow_rest_([](const C* row, int64_t n, C factor, void* out) {
+              narrow_rest(row, n, factor, static_cast<T*>(out));
           }) {}
 
     explicit operator bool() const { return data_ != nullptr; }
     // That row = row * factor.
     void write(int64_t sequence, int64_t position, int64_t head, const C* row, C factor) const {
-        narrow_(row, D_, factor, data_ + ((sequence * positions_ + position) * heads_ + head) * D_ * size_);
+        narrow_(row, D_, factor, at(sequence, position, head));
+    }
+    // That row = what `write` loses to rounding.
+    void write_rest(int64_t sequence, int64_t position, int64_t head, const C* row, C factor) const {
+        narrow_rest_(row, D_, factor, at(sequence, position, head));
     }
 
   private:
+    char* at(int64_t sequence, int64_t position, int64_t head) const {
+        return data_ + ((sequence * positions_ + position) * heads_ + head) * D_ * size_;
+    }
+
     char* data_;
     int64_t positions_, heads_, D_, size_;
     void (*narrow_)(const C*, int64_t, C, void*);
+    void (*narrow_rest_)(const C*, int64_t, C, void*);
 };
 
 // The query rows of a task: all heads of a group at positions [begin, end), row r being at position

@@ -43,8 +43,9 @@ inline int64_t row_stride(int64_t D) {
 }
 
 // e^x for x up to 88; 0 below -87.7, NaN kept. As 2^(x log2 e), whose fraction r has the polynomial of degree
-// 6 with the least relative error on [-1/2, 1/2], 2e-9. To about one unit in the last place near 0; that of
-// log2 e adds a fifth of a unit for each unit of x, where the result is small.
+// 6 with the least relative error on [-1/2, 1/2], 2e-9. To about one unit in the last place near 0; rounding
+// of log2 e adds a fifth of a unit for each unit of x, where the result is small (without fused
+// multiply-adds, that of the product most of one).
 inline vf exponential(vf x) {
     const vf floor = splat(-88.02969f), log2e = splat(1.44269504f);
     x = select<float>(x < floor, floor, x);
@@ -71,7 +72,8 @@ inline double exponential(double x) {
 }
 
 // out (kRows, kColumns) = [out +] a b, a (kRows, depth), b (depth, kColumns). a is addressed
-// a[row * a_stride + i], or where kTransposed a[i * a_stride + row].
+// a[row * a_stride + i], or where kTransposed a[i * a_stride + row]. What is added is summed by itself first,
+// so that a long sum of products is one of short sums, which rounds less.
 template <class C, bool kTransposed, bool kAdd>
 inline void multiply_tile(const C* a, int64_t a_stride, const C* b, int64_t b_stride, int64_t depth, C* out,
                           int64_t out_stride) {
@@ -79,8 +81,8 @@ inline void multiply_tile(const C* a, int64_t a_stride, const C* b, int64_t b_st
     vec<C> left[kRows], right[kRows];
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
-        left[r] = kAdd ? load(out + r * out_stride) : vec<C>{};
-        right[r] = kAdd ? load(out + r * out_stride + L) : vec<C>{};
+        left[r] = vec<C>{};
+        right[r] = vec<C>{};
     }
     for (int64_t i = 0; i < depth; ++i) {
         const vec<C> b_left = load(b), b_right = load(b + L);
@@ -94,9 +96,9 @@ inline void multiply_tile(const C* a, int64_t a_stride, const C* b, int64_t b_st
         b += b_stride;
     }
 #pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
-        store(out + r * out_stride, left[r]);
-        store(out + r * out_stride + L, right[r]);
+    for (int r = 0; r < kRows; ++r, out += out_stride) {
+        store(out, kAdd ? load(out) + left[r] : left[r]);
+        store(out + L, kAdd ? load(out + L) + right[r] : right[r]);
     }
 }
 

@@ -1,5 +1,6 @@
 """Causal attention over a sliding window."""
 
+import torch
 from torch import Tensor
 
 from ttt_kernels import tangents
@@ -18,9 +19,12 @@ def _fake(
     window: int | None,
     scale: float,
     key_start: int,
-) -> tuple[Tensor, Tensor]:
+    keep_rest: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     b, tq, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((b, heads, tq), dtype=compute_dtype(q.dtype))
+    wide = compute_dtype(q.dtype)
+    rest = q.new_empty(q.shape if keep_rest and wide != q.dtype else 0)
+    return q.new_empty(q.shape), q.new_empty((b, heads, tq), dtype=wide), rest
 
 
 def _fake_backward(
@@ -32,6 +36,7 @@ def _fake_backward(
     window: int | None,
     scale: float,
     key_start: int,
+    keep_rest: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q, k[:, key_start:], v[:, key_start:]
 
@@ -39,9 +44,9 @@ def _fake_backward(
 operator = Operator(
     name="swa",
     inputs={"q": "Tensor", "k": "Tensor", "v": "Tensor", "key_lengths": "Tensor?", "cu_seqlens": "Tensor?"},
-    params={"window": "int?", "scale": "float", "key_start": "int"},
+    params={"window": "int?", "scale": "float", "key_start": "int", "keep_rest": "bool"},
     outputs={"o": "Tensor"},
-    saved={"lse": "Tensor"},
+    saved={"lse": "Tensor", "o_rest": "Tensor"},
     differentiable=("q", "k", "v"),
     fake=_fake,
     kernels={
@@ -67,7 +72,16 @@ operator = Operator(
 )
 """Attention as a registered operator. Its parameter `key_start` (0 in public calls) says from which key on
 `backward` gives gradients of keys and values, for callers that hold keys which need none; the derivatives of such
-a backward are exact too."""
+a backward are exact too.
+
+Where `keep_rest`, `o_rest` is what 16-bit `o` lost to rounding, rounded itself; otherwise it has no elements. A row's
+sum of dO * O stands against sums of exact products dO V^T, and where values have something in common the difference
+is smaller than what `o` lost."""
+
+
+def recorded(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether autograd may ask for a gradient."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
 
 
 def sliding_window_attention(
@@ -111,7 +125,8 @@ def sliding_window_attention(
     check.arguments("sliding_window_attention", q, k, v, window, scale, key_lengths, cu_seqlens)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     chosen = operator.select(backend, q, k, v, key_lengths, cu_seqlens)
-    return operator.forward(q, k, v, key_lengths, cu_seqlens, window, scale, 0, backend=chosen)[0]
+    arguments = (q, k, v, key_lengths, cu_seqlens, window, scale, 0, recorded(q, k, v))
+    return operator.forward(*arguments, backend=chosen)[0]
 
 
 def sliding_window_attention_jvp(
@@ -149,5 +164,5 @@ def sliding_window_attention_jvp(
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     tensors = (q, k, v, q_dot, k_dot, v_dot, key_lengths, cu_seqlens)
     chosen = jvp.operator.select(backend, *tensors)
-    o, tangent, _ = jvp.operator.forward(*tensors, window, scale, backend=chosen)
+    o, tangent, *_ = jvp.operator.forward(*tensors, window, scale, backend=chosen)
     return o, tangent

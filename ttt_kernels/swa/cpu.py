@@ -11,11 +11,13 @@ from ttt_kernels.swa.visible import first_keys
 
 def _rows(t: Tensor) -> Tensor:
     """(B, T, H, D) with unit stride in D."""
-    return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
+    return t if t.numel() == 0 or t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
 
 
-def _located(t: Tensor) -> tuple[int, int, int, int]:
-    """Address and strides of B, T and H."""
+def _located(t: Tensor | None) -> tuple[int, int, int, int]:
+    """Address and strides of B, T and H; zeros for a tensor that is missing or without elements."""
+    if t is None or t.numel() == 0:
+        return 0, 0, 0, 0
     b, length, head, _ = t.stride()
     return t.data_ptr(), b, length, head
 
@@ -37,21 +39,24 @@ def forward(
     window: int | None,
     scale: float,
     key_start: int = 0,
-) -> tuple[Tensor, Tensor]:
+    keep_rest: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.forward`."""
     # In compiled code nobody has read the numbers yet.
     check.values("sliding_window_attention", k.shape[1], key_lengths, cu_seqlens)
     q, k, v = _rows(q), _rows(k), _rows(v)
     b, tq, heads, d = q.shape
     first, first_b = _first_keys(q, k, key_lengths, cu_seqlens, window)
+    wide = compute_dtype(q.dtype)
     o = q.new_empty(q.shape)
-    lse = q.new_empty((b, heads, tq), dtype=compute_dtype(q.dtype))
+    lse = q.new_empty((b, heads, tq), dtype=wide)
+    o_rest = q.new_empty(q.shape if keep_rest and wide != q.dtype else 0)
     if o.numel():
         kernels().swa_forward(
             dtype_code(q.dtype), *_located(q), *_located(k), *_located(v), first.data_ptr(), first_b,
-            o.data_ptr(), lse.data_ptr(), b, tq, k.shape[1], heads, k.shape[2], d, scale,
+            o.data_ptr(), o_rest.data_ptr(), lse.data_ptr(), b, tq, k.shape[1], heads, k.shape[2], d, scale,
         )  # fmt: skip
-    return o, lse
+    return o, lse, o_rest
 
 
 def backward(
@@ -63,13 +68,16 @@ def backward(
     cu_seqlens: Tensor | None,
     o: Tensor,
     lse: Tensor,
+    o_rest: Tensor,
     window: int | None,
     scale: float,
     key_start: int,
+    keep_rest: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As `reference.backward`."""
-    d_o, q, k, v, o, lse = _rows(d_o), _rows(q), _rows(k), _rows(v), _rows(o), lse.contiguous()
+    d_o, q, k, v, o, o_rest = (_rows(t) for t in (d_o, q, k, v, o, o_rest))
+    lse = lse.contiguous()
     b, tq, heads, d = q.shape
     _, tk, kv_heads, _ = k.shape
     first, first_b = _first_keys(q, k, key_lengths, cu_seqlens, window)
@@ -80,8 +88,8 @@ def backward(
     if q.numel():
         kernels().swa_backward(
             dtype_code(q.dtype), *_located(d_o), *_located(q), *_located(k), *_located(v), first.data_ptr(),
-            first_b, *_located(o), lse.data_ptr(), *(0 if t is None else t.data_ptr() for t in (dq, dk, dv)),
-            b, tq, tk, heads, kv_heads, d, key_start, scale,
+            first_b, *_located(o), *_located(o_rest), lse.data_ptr(),
+            *(0 if t is None else t.data_ptr() for t in (dq, dk, dv)), b, tq, tk, heads, kv_heads, d, key_start, scale,
         )  # fmt: skip
     return dq, None if dk is None else dk.to(k.dtype), None if dv is None else dv.to(v.dtype)
 
@@ -98,14 +106,17 @@ def double_backward(
     cu_seqlens: Tensor | None,
     o: Tensor,
     lse: Tensor,
+    o_rest: Tensor,
     window: int | None,
     scale: float,
     key_start: int,
+    keep_rest: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """As `reference.double_backward`."""
     cotangents = [None if g is None else _rows(g) for g in (g_q, g_k, g_v)]
-    d_o, q, k, v, o, lse = _rows(d_o), _rows(q), _rows(k), _rows(v), _rows(o), lse.contiguous()
+    d_o, q, k, v, o, o_rest = (_rows(t) for t in (d_o, q, k, v, o, o_rest))
+    lse = lse.contiguous()
     b, tq, heads, d = q.shape
     _, tk, kv_heads, _ = k.shape
     first, first_b = _first_keys(q, k, key_lengths, cu_seqlens, window)
@@ -116,9 +127,10 @@ def double_backward(
     v_bar = k.new_zeros(k.shape, dtype=wide) if needs[3] else None
     if q.numel():
         kernels().swa_double_backward(
-            dtype_code(q.dtype), *(n for g in cotangents for n in ((0, 0, 0, 0) if g is None else _located(g))),
+            dtype_code(q.dtype), *(n for g in cotangents for n in _located(g)),
             *_located(d_o), *_located(q), *_located(k), *_located(v), first.data_ptr(), first_b, *_located(o),
-            lse.data_ptr(), *(0 if t is None else t.data_ptr() for t in (do_bar, q_bar, k_bar, v_bar)),
+            *_located(o_rest), lse.data_ptr(),
+            *(0 if t is None else t.data_ptr() for t in (do_bar, q_bar, k_bar, v_bar)),
             b, tq, tk, heads, kv_heads, d, key_start, scale,
         )  # fmt: skip
     return (

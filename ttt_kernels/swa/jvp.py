@@ -16,7 +16,7 @@ from ttt_kernels.extension import compute_dtype
 from ttt_kernels.registry import Kernel, Operator
 from ttt_kernels.swa import cpu, reference, triton
 from ttt_kernels.swa.blocks import blocks, layout, valid
-from ttt_kernels.swa.reference import scores, scores_tangent, softmax
+from ttt_kernels.swa.reference import joined, scores, scores_tangent, softmax
 from ttt_kernels.swa.visible import first_keys
 from ttt_kernels.tangents import total
 
@@ -34,8 +34,8 @@ def reference_forward(
     cu_seqlens: Tensor | None,
     window: int | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """o, its tangent, both (B, Tq, Hq, D), and lse (B, Hq, Tq); a tangent that is None is zero."""
+) -> tuple[Tensor, ...]:
+    """o, its tangent, both (B, Tq, Hq, D), lse (B, Hq, Tq) and o_rest; a tangent that is None is zero."""
     lay = layout(q, k)
     k, v = valid(k, key_lengths), valid(v, key_lengths)
     k_dot, v_dot = (None if t is None else valid(t, key_lengths) for t in (k_dot, v_dot))
@@ -50,7 +50,8 @@ def reference_forward(
         outputs.append(lay.product(p, values))
         tangents.append(total(lay.product(p1, values), lay.product(p, c)))
         statistics.append(lse)
-    return lay.join_queries(outputs), lay.join_queries(tangents), lay.join_statistic(statistics)
+    o, o_rest = joined(lay, outputs, keep_rest=True)
+    return o, lay.join_queries(tangents), lay.join_statistic(statistics), o_rest
 
 
 def _forward(kernels: Any) -> Kernel:
@@ -67,13 +68,14 @@ def _forward(kernels: Any) -> Kernel:
         cu_seqlens: Tensor | None,
         window: int | None,
         scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         call = (q, k, v, key_lengths, cu_seqlens)
-        o, lse = kernels.forward(*call, window, scale)
+        o, *saved = kernels.forward(*call, window, scale, keep_rest=True)
         # The tangent does not depend on a cotangent of the output: any tensor like it will do.
         needs = (True, False, False, False)
-        tangent, *_ = kernels.double_backward(q_dot, k_dot, v_dot, o, *call, o, lse, window, scale, 0, needs)
-        return o, tangent, lse
+        given = (q_dot, k_dot, v_dot, o, *call, o, *saved)
+        tangent, *_ = kernels.double_backward(*given, window, scale, 0, True, needs)
+        return o, tangent, *saved
 
     return forward
 
@@ -94,11 +96,12 @@ def _backward(kernels: Any) -> Kernel:
         cu_seqlens: Tensor | None,
         o: Tensor,
         lse: Tensor,
+        o_rest: Tensor,
         window: int | None,
         scale: float,
         needs: Sequence[bool],
     ) -> Gradients:
-        call = (q, k, v, key_lengths, cu_seqlens, o, lse, window, scale, 0)
+        call = (q, k, v, key_lengths, cu_seqlens, o, lse, o_rest, window, scale, 0, True)
         to_inputs: Gradients = (None,) * 3
         to_dots: Gradients = (None,) * 3
         if any(needs[:3]):
@@ -113,10 +116,11 @@ def _backward(kernels: Any) -> Kernel:
     return backward
 
 
-def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(q: Tensor, *_: Any) -> tuple[Tensor, ...]:
     b, tq, heads, _d = q.shape
-    statistics = q.new_empty((b, heads, tq), dtype=compute_dtype(q.dtype))
-    return q.new_empty(q.shape), q.new_empty(q.shape), statistics
+    wide = compute_dtype(q.dtype)
+    rest = q.new_empty(q.shape if wide != q.dtype else 0)
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty((b, heads, tq), dtype=wide), rest
 
 
 operator = Operator(
@@ -127,7 +131,7 @@ operator = Operator(
     },
     params={"window": "int?", "scale": "float"},
     outputs={"o": "Tensor", "tangent": "Tensor"},
-    saved={"lse": "Tensor"},
+    saved={"lse": "Tensor", "o_rest": "Tensor"},
     differentiable=("q", "k", "v", "q_dot", "k_dot", "v_dot"),
     fake=_fake,
     kernels={

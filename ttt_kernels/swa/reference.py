@@ -62,15 +62,33 @@ def forward(
     window: int | None,
     scale: float,
     key_start: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Returns o (B, Tq, Hq, D) and lse (B, Hq, Tq), float32 or float64; `key_start` matters to `backward`."""
+    keep_rest: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns o (B, Tq, Hq, D), lse (B, Hq, Tq), float32 or float64, and o_rest; `key_start` matters to `backward`."""
     lay, k, v = layout(q, k), valid(k, key_lengths), valid(v, key_lengths)
     outputs, statistics = [], []
     for block in blocks(q, k, first_keys(q, k, key_lengths, cu_seqlens, window), window):
         p, lse = softmax(scores(lay, q, k, block, scale))
         outputs.append(lay.product(p, lay.keys(v, block)))
         statistics.append(lse)
-    return lay.join_queries(outputs), lay.join_statistic(statistics)
+    o, o_rest = joined(lay, outputs, keep_rest)
+    return o, lay.join_statistic(statistics), o_rest
+
+
+def joined(layout: Layout, outputs: Sequence[Tensor], keep_rest: bool) -> tuple[Tensor, Tensor]:
+    """o, and what it lost to rounding where that is kept."""
+    o = layout.join_queries(outputs)
+    if not keep_rest or layout.wide == layout.dtype:
+        return o, o.new_empty(0)
+    return o, layout.join_queries([t - t.to(layout.dtype) for t in outputs])
+
+
+def _row_products(layout: Layout, d_o: Tensor, o: Tensor, o_rest: Tensor, block: Block) -> Tensor:
+    """D of a block, rowsum(dO * O)."""
+    d_o, o = (layout.widen(layout.queries(t, block)) for t in (d_o, o))
+    if o_rest.numel():
+        o = o + layout.queries(o_rest, block)
+    return (d_o * o).sum(-1, keepdim=True)
 
 
 def backward(
@@ -82,9 +100,11 @@ def backward(
     cu_seqlens: Tensor | None,
     o: Tensor,
     lse: Tensor,
+    o_rest: Tensor,
     window: int | None,
     scale: float,
     key_start: int,
+    keep_rest: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dV = P^T dO, dP = dO V^T, D = rowsum(dO * O), dS = P * (dP - D), dQ = s dS K, dK = s dS^T Q.
@@ -94,13 +114,13 @@ def backward(
     lay, k, v = layout(q, k), valid(k, key_lengths), valid(v, key_lengths)
     d_q, d_k, d_v = [], KeySum(k.shape[1], key_start), KeySum(k.shape[1], key_start)
     for block in blocks(q, k, first_keys(q, k, key_lengths, cu_seqlens, window), window):
-        qb, ob, d_ob = (lay.queries(t, block) for t in (q, o, d_o))
+        qb, d_ob = (lay.queries(t, block) for t in (q, d_o))
         kb, vb = lay.keys(k, block), lay.keys(v, block)
         p = _weights(lay, q, k, lse, block, scale)
         if needs[2]:
             d_v.add(block, lay.product(p[..., d_v.wanted(block)].mT, d_ob))
         if needs[0] or needs[1]:
-            d = (lay.widen(d_ob) * lay.widen(ob)).sum(-1, keepdim=True)
+            d = _row_products(lay, d_o, o, o_rest, block)
             d_s = p * (lay.product(d_ob, vb.mT) - d)
             if needs[0]:
                 d_q.append(scale * lay.product(d_s, kb))
@@ -125,9 +145,11 @@ def double_backward(
     cu_seqlens: Tensor | None,
     o: Tensor,
     lse: Tensor,
+    o_rest: Tensor,
     window: int | None,
     scale: float,
     key_start: int,
+    keep_rest: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Cotangents of dO, Q, K and V, given those of dQ (A), dK (B) and dV (C).
@@ -142,11 +164,8 @@ def double_backward(
     do_bar, q_bar = [], []
     k_bar, v_bar = KeySum(k.shape[1], 0), KeySum(k.shape[1], 0)
     for block in blocks(q, k, first_keys(q, k, key_lengths, cu_seqlens, window), window):
-        qb, ob, d_ob, kb, vb = (
-            *(lay.queries(t, block) for t in (q, o, d_o)),
-            lay.keys(k, block),
-            lay.keys(v, block),
-        )
+        qb, d_ob = (lay.queries(t, block) for t in (q, d_o))
+        kb, vb = (lay.keys(t, block) for t in (k, v))
         ab = None if g_q is None else lay.queries(g_q, block)
         bb, cb = (None if g is None else lay.keys(g, block) for g in (b, c))
         p = _weights(lay, q, k, lse, block, scale)
@@ -158,7 +177,7 @@ def double_backward(
         if needs[3]:
             v_bar.add(block, lay.product(p1.mT, d_ob))
         if needs[1] or needs[2]:
-            d = (lay.widen(d_ob) * lay.widen(ob)).sum(-1, keepdim=True)
+            d = _row_products(lay, d_o, o, o_rest, block)
             d_p = lay.product(d_ob, vb.mT)
             d_s = p * (d_p - d)
             g = total(s1 * (d_p - d) - r * d_p, lay.product(d_ob, transposed(cb)))

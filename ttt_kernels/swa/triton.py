@@ -34,23 +34,26 @@ def forward(
     window: int | None,
     scale: float,
     key_start: int = 0,
-) -> tuple[Tensor, Tensor]:
+    keep_rest: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.forward`."""
     from ttt_kernels.swa import triton_forward
-    from ttt_kernels.swa.triton_launch import Call, located
+    from ttt_kernels.swa.triton_launch import Call, located, located_or_none
 
     o = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    o_rest = q.new_empty(q.shape if keep_rest and q.dtype != torch.float32 else 0)
     if o.numel() == 0:
-        return o, lse
+        return o, lse, o_rest
     if scale <= 0:
         # The kernel takes the largest product for the largest score.
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     Call(q, k, key_lengths, cu_seqlens, window, scale).by_queries(
         "forward", triton_forward.attention,
-        t_q=located(q), t_k=located(k), t_v=located(v), t_o=located(o), p_lse=lse,
+        t_q=located(q), t_k=located(k), t_v=located(v), t_o=located(o),
+        t_rest=located_or_none(o_rest), p_lse=lse,
     )  # fmt: skip
-    return o, lse
+    return o, lse, o_rest
 
 
 def backward(
@@ -62,9 +65,11 @@ def backward(
     cu_seqlens: Tensor | None,
     o: Tensor,
     lse: Tensor,
+    o_rest: Tensor,
     window: int | None,
     scale: float,
     key_start: int,
+    keep_rest: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As `reference.backward`."""
@@ -89,8 +94,8 @@ def backward(
     if needs[0] or needs[1]:
         call.by_queries(
             "backward_queries", triton_backward.queries,
-            t_q=x_q, t_k=x_k, t_v=x_v, t_o=located(o), t_do=x_do, t_dq=located_or_none(dq), p_lse=lse,
-            p_delta=delta,
+            t_q=x_q, t_k=x_k, t_v=x_v, t_o=located(o), t_rest=located_or_none(o_rest), t_do=x_do,
+            t_dq=located_or_none(dq), p_lse=lse, p_delta=delta,
         )  # fmt: skip
     if tk > key_start:
         for t_dk, t_dv in _launches(located_or_none(dk), located_or_none(dv), q):
@@ -114,9 +119,11 @@ def double_backward(
     cu_seqlens: Tensor | None,
     o: Tensor,
     lse: Tensor,
+    o_rest: Tensor,
     window: int | None,
     scale: float,
     key_start: int,
+    keep_rest: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """As `reference.double_backward`."""
@@ -143,7 +150,8 @@ def double_backward(
     shifted = key_start > 0
     call.by_queries(
         "along", triton_double_backward.along,
-        **shared, t_o=located(o), t_dobar=located_or_none(dobar), SHIFTED=shifted,
+        **shared, t_o=located(o), t_rest=located_or_none(o_rest), t_dobar=located_or_none(dobar),
+        SHIFTED=shifted,
     )  # fmt: skip
     if qbar is not None:
         for first, count in parts("double_backward_queries", q.shape[3], q.dtype):

@@ -20,7 +20,7 @@ _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _VECTORS = {"p_lengths": "*i32", "p_first": "*i32", "p_end": "*i32"}
 """Which keys are seen, where the window does not say."""
 _OPTIONAL = {
-    **{name: (name,) for name in ("t_dq", "t_dv", "t_a", "t_b", "t_c", "t_dobar", "t_vbar")},
+    **{name: (name,) for name in ("t_rest", "t_dq", "t_dv", "t_a", "t_b", "t_c", "t_dobar", "t_vbar")},
     "t_dk": ("t_dk", "p_delta"),
     "t_kbar": ("t_kbar", "p_e", "p_delta"),
 }
@@ -31,7 +31,9 @@ def _arguments(name: str, kernel: Any, dtype: torch.dtype, head_dim: int, packed
     """Types of all arguments but the sizes of tiles, with every result wanted and every cotangent given."""
     found: dict[str, Any] = {}
     for argument in kernel.arg_names:
-        if argument.startswith("t_"):
+        if argument == "t_rest" and dtype == torch.float32:
+            found[argument] = Constant(None)
+        elif argument.startswith("t_"):
             found[argument] = (f"*{_TYPES[dtype]}", "i32", "i32", "i32")
         elif argument in _VECTORS:
             found[argument] = _VECTORS[argument] if packed else Constant(None)

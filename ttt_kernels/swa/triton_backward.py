@@ -10,6 +10,7 @@ from ttt_kernels.swa.triton_tiles import (
     LOG2E,
     add_product,
     head_of,
+    head_or_none,
     in_memory,
     load_block,
     load_rows,
@@ -72,7 +73,7 @@ def _query_tile(
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "window"])
 def queries(
-    t_q, t_k, t_v, t_o, t_do, t_dq, p_lse, p_delta, p_lengths, p_first, scale, Tq, Tk, window, heads, group,
+    t_q, t_k, t_v, t_o, t_rest, t_do, t_dq, p_lse, p_delta, p_lengths, p_first, scale, Tq, Tk, window, heads, group,
     BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """dQ (unless t_dq is None) and D = rowsum(dO * O) (unless p_delta is None)."""
@@ -80,7 +81,7 @@ def queries(
     row = (sequence * heads + head).to(tl.int64) * Tq
     x_o = head_of(t_o, sequence, head)
     x_do = head_of(t_do, sequence, head)
-    b_delta = row_sums(x_o, x_do, i, Tq, BQ, D, PIECES)
+    b_delta = row_sums(x_o, head_or_none(t_rest, sequence, head), x_do, i, Tq, BQ, D, PIECES)
     if p_delta is not None:
         store_statistic(p_delta + row, b_delta, i, Tq, BQ)
     if t_dq is not None:

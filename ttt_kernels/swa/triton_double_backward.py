@@ -1,12 +1,13 @@
 """Attention's double backward in Triton, in two sweeps: `along` first, then `queries` and `keys`.
 
 With the cotangents A, B, C of dQ, dK, dV (None where zero) and the formulas of `reference.double_backward`,
-`along` computes dO_bar and the statistics r and E of the rows. Its accumulator is M = (P * S') V + P C, so that
+`along` computes dO_bar and the statistics r and E of the rows. Its accumulator is M = (P * (S' - n)) V + P C, so that
 
-    dO_bar = M - r O        E = rowsum(dO * dO_bar) = rowsum(dO * M) - D r
+    dO_bar = M - (r - n) O        E = rowsum(dO * dO_bar) = rowsum(dO * M) - D (r - n)
 
-and T = P * ((S' - r) * (dP - D) + dO C^T - E): neither sweep needs rowsum(P * S' * dP), since
-rowsum(P * S' * (dO V^T)) is rowsum(dO * ((P * S') V)).
+where n, some number near r, keeps what all S' of a row have in common (as where keys have something in common) out of
+a difference of rounded terms. And T = P * ((S' - r) * (dP - D) + dO C^T - E): neither sweep needs
+rowsum(P * S' * dP), since rowsum(P * S' * (dO V^T)) is rowsum(dO * ((P * S') V)).
 """
 
 import triton
@@ -18,10 +19,12 @@ from ttt_kernels.swa.triton_tiles import (
     add_product_t,
     head_from,
     head_of,
+    head_or_none,
     load_block,
     load_piece,
     load_rows,
     load_statistic,
+    load_whole,
     product_t,
     row_or_none,
     row_sum,
@@ -39,30 +42,77 @@ from ttt_kernels.swa.triton_visible import (
     lowest_key,
     query_block,
     query_range,
+    seen,
     tile_start,
     tiles,
 )
 
+_NONE = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _tangent(
+    b_q, b_a, b_k, x_b, j, low, Tk, key_start, scale,
+    BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """S' of the keys [j, j + BK), not both of its terms missing."""
+    b_s1 = tl.zeros((BQ, BK), tl.float32)
+    if b_a is not None:
+        b_s1 = add_product_t(b_s1, b_a, b_k, D)
+    if x_b is not None:
+        b_b = load_rows(x_b, j, tl.maximum(low, key_start), Tk, BK, D, PIECES, MASKED)
+        b_s1 = add_product_t(b_s1, b_q, b_b, D)
+    return b_s1 * scale
+
+
+@triton.jit
+def _near(
+    b_q, b_a, x_k, x_b, i, span, p_first, low, Tq, Tk, window, key_start, scale,
+    BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, SHIFTED: tl.constexpr,
+):  # fmt: skip
+    """n of rows: what is nearest to 0 between the least and the greatest S' of some keys that they see.
+
+    So large S' with small weights do not make it large. The keys are those of one tile that all rows see, or else all.
+    """
+    b_least = tl.full((BQ,), _NONE, tl.float32)
+    b_most = tl.full((BQ,), -_NONE, tl.float32)
+    b_i = (i + tl.arange(0, BQ))[:, None]
+    for EDGE in tl.static_range(2):
+        count = tl.minimum(tiles(span, BK, 0), 1)
+        if EDGE:
+            count = (1 - count) * tiles(span, BK, 1)
+        for index in tl.range(count, disable_licm=True):
+            j = tile_start(span, index, BK, EDGE)
+            b_k = load_rows(x_k, j, low, Tk, BK, D, PIECES, EDGE)
+            b_s1 = _tangent(
+                b_q, b_a, b_k, x_b, j, low, Tk, key_start, scale, BQ, BK, D, PIECES, EDGE or SHIFTED
+            )
+            b_low = b_s1
+            b_high = b_s1
+            if EDGE:
+                m_seen = seen(b_i, (j + tl.arange(0, BK))[None, :], p_first, low, Tq, Tk, window)
+                b_low = tl.where(m_seen, b_s1, _NONE)
+                b_high = tl.where(m_seen, b_s1, -_NONE)
+            b_least = tl.minimum(b_least, tl.min(b_low, 1))
+            b_most = tl.maximum(b_most, tl.max(b_high, 1))
+    b_near = tl.where(b_least > 0, b_least, tl.minimum(b_most, 0.0))
+    return tl.where(b_least == _NONE, 0.0, b_near)
+
 
 @triton.jit
 def _along_tile(
-    b_m, b_r, b_q, b_a, b_lse, x_k, x_v, x_b, x_c, i, j, p_first, low, Tq, Tk, window, key_start, scale,
+    b_m, b_r, b_near, b_q, b_a, b_lse, x_k, x_v, x_b, x_c, i, j, p_first, low, Tq, Tk, window, key_start, scale,
     BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, EDGE: tl.constexpr,
     SHIFTED: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys [j, j + BK) to r and, where SUM, to M."""
+    """Adds the keys [j, j + BK) to r - n and, where SUM, to M."""
     b_k = load_rows(x_k, j, low, Tk, BK, D, PIECES, EDGE)
     b_i = (i + tl.arange(0, BQ))[:, None]
     b_j = (j + tl.arange(0, BK))[None, :]
     b_p = weights(b_q, b_k, b_lse[:, None], b_i, b_j, p_first, low, Tq, Tk, window, scale, BQ, BK, D, EDGE)
-    if b_a is not None or x_b is not None:
-        b_s1 = tl.zeros((BQ, BK), tl.float32)
-        if b_a is not None:
-            b_s1 = add_product_t(b_s1, b_a, b_k, D)
-        if x_b is not None:
-            b_b = load_rows(x_b, j, tl.maximum(low, key_start), Tk, BK, D, PIECES, EDGE or SHIFTED)
-            b_s1 = add_product_t(b_s1, b_q, b_b, D)
-        b_ps1 = b_p * b_s1 * scale
+    if b_near is not None:
+        b_s1 = _tangent(b_q, b_a, b_k, x_b, j, low, Tk, key_start, scale, BQ, BK, D, PIECES, EDGE or SHIFTED)
+        b_ps1 = b_p * (b_s1 - b_near[:, None])
         b_r += tl.sum(b_ps1, 1)
         if SUM:
             b_m = add_product(b_m, b_ps1, load_rows(x_v, j, low, Tk, BK, D, PIECES, EDGE), D)
@@ -74,7 +124,7 @@ def _along_tile(
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "window", "key_start"])
 def along(
-    t_q, t_k, t_v, t_o, t_do, t_a, t_b, t_c, t_dobar, p_lse, p_r, p_e, p_delta, p_lengths, p_first,
+    t_q, t_k, t_v, t_o, t_rest, t_do, t_a, t_b, t_c, t_dobar, p_lse, p_r, p_e, p_delta, p_lengths, p_first,
     scale, Tq, Tk, window, key_start, heads, group,
     BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
@@ -96,20 +146,44 @@ def along(
     b_lse = load_statistic(p_lse + row, i, Tq, float("inf"), BQ, True)
     span = key_range(i, p_first, low, Tq, Tk, window, BQ, BK)
     SUM: tl.constexpr = t_dobar is not None or p_e is not None
+    b_near = None
+    if b_a is not None or x_b is not None:
+        b_near = _near(
+            b_q,
+            b_a,
+            x_k,
+            x_b,
+            i,
+            span,
+            p_first,
+            low,
+            Tq,
+            Tk,
+            window,
+            key_start,
+            scale,
+            BQ,
+            BK,
+            D,
+            PIECES,
+            SHIFTED,
+        )
     b_m = zero_rows(BQ, PIECES)
     b_r = tl.zeros((BQ,), tl.float32)
     for EDGE in tl.static_range(2):
         for index in tl.range(tiles(span, BK, EDGE), disable_licm=True):
             b_m, b_r = _along_tile(
-                b_m, b_r, b_q, b_a, b_lse, x_k, x_v, x_b, x_c, i, tile_start(span, index, BK, EDGE), p_first,
-                low, Tq, Tk, window, key_start, scale, BQ, BK, D, PIECES, EDGE, SHIFTED, SUM,
+                b_m, b_r, b_near, b_q, b_a, b_lse, x_k, x_v, x_b, x_c, i, tile_start(span, index, BK, EDGE),
+                p_first, low, Tq, Tk, window, key_start, scale, BQ, BK, D, PIECES, EDGE, SHIFTED, SUM,
             )  # fmt: skip
-    store_statistic(p_r + row, b_r, i, Tq, BQ)
+    store_statistic(p_r + row, b_r if b_near is None else b_r + b_near, i, Tq, BQ)
     # Piece by piece and one result after the other: more at once would overflow the registers.
+    x_o = head_of(t_o, sequence, head)
+    x_rest = head_or_none(t_rest, sequence, head)
     if t_dobar is not None:
         for piece in tl.static_range(len(PIECES)):
-            b_o = load_piece(head_of(t_o, sequence, head), i, 0, Tq, piece, BQ, D, PIECES, True)
-            b_dobar = b_m[piece] - b_r[:, None] * b_o.to(tl.float32)
+            b_o = load_whole(x_o, x_rest, i, Tq, piece, BQ, D, PIECES)
+            b_dobar = b_m[piece] - b_r[:, None] * b_o
             store_piece(head_of(t_dobar, sequence, head), b_dobar, i, Tq, piece, BQ, D, PIECES)
             settle()
     if p_e is not None:
@@ -119,7 +193,7 @@ def along(
             b_dom += row_sum(b_do, b_m[piece])
             settle()
         x_do = head_of(t_do, sequence, head)
-        b_delta = row_sums(head_of(t_o, sequence, head), x_do, i, Tq, BQ, D, PIECES)
+        b_delta = row_sums(x_o, x_rest, x_do, i, Tq, BQ, D, PIECES)
         store_statistic(p_delta + row, b_delta, i, Tq, BQ)
         store_statistic(p_e + row, b_dom - b_delta * b_r, i, Tq, BQ)
 
@@ -277,7 +351,7 @@ def keys(
         row = (sequence * heads + head).to(tl.int64) * Tq
         x_q = head_of(t_q, sequence, head)
         x_do = head_of(t_do, sequence, head)
-        x_a = head_from(t_a, sequence, head, 0)
+        x_a = head_or_none(t_a, sequence, head)
         for EDGE in tl.static_range(2):
             for index in tl.range(tiles(span, BQ, EDGE), disable_licm=True):
                 b_kbar, b_vbar = _key_tile(

@@ -11,7 +11,9 @@ from ttt_kernels.swa.triton_tiles import (
     load_block,
     load_rows,
     product_t,
+    rest,
     scaled,
+    store_piece,
     store_rows,
     store_statistic,
     zero_rows,
@@ -57,10 +59,10 @@ def _tile(
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "window"])
 def attention(
-    t_q, t_k, t_v, t_o, p_lse, p_lengths, p_first, scale, Tq, Tk, window, heads, group,
+    t_q, t_k, t_v, t_o, t_rest, p_lse, p_lengths, p_first, scale, Tq, Tk, window, heads, group,
     BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """O and lse; `scale` is positive."""
+    """O, what it loses to rounding (unless t_rest is None) and lse; `scale` is positive."""
     sequence, head, i = query_block(heads, Tq, BQ)
     low = lowest_key(p_lengths, sequence, Tk)
     x_k = head_of(t_k, sequence, head // group)
@@ -78,7 +80,12 @@ def attention(
             )  # fmt: skip
     m_none = b_sum == 0
     b_sum = tl.where(m_none, 1.0, b_sum)
-    store_rows(head_of(t_o, sequence, head), scaled(b_acc, (1 / b_sum)[:, None]), i, Tq, BQ, D, PIECES)
+    b_acc = scaled(b_acc, (1 / b_sum)[:, None])
+    store_rows(head_of(t_o, sequence, head), b_acc, i, Tq, BQ, D, PIECES)
+    if t_rest is not None:
+        x_rest = head_of(t_rest, sequence, head)
+        for piece in tl.static_range(len(PIECES)):
+            store_piece(x_rest, rest(b_acc[piece], t_o[0].dtype.element_ty), i, Tq, piece, BQ, D, PIECES)
     b_lse = tl.where(m_none, _NONE, b_max / _unit(b_q) + tl.log(b_sum))
     p_row = p_lse + (sequence * heads + head).to(tl.int64) * Tq
     store_statistic(p_row, b_lse, i, Tq, BQ)

@@ -26,8 +26,8 @@ def located(t: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def located_or_none(t: Tensor | None) -> tuple[Tensor, int, int, int] | None:
-    """`located` a tensor that may be missing."""
-    return None if t is None else located(t)
+    """`located` a tensor that may be missing or, where nobody wanted it, without elements."""
+    return None if t is None or t.numel() == 0 else located(t)
 
 
 class Call:

@@ -35,10 +35,19 @@ def head_of(t, sequence, head):
 
 
 @triton.jit
+def head_or_none(t, sequence, head):
+    """`head_of` a tensor that may be missing."""
+    if t is None:
+        # Triton 3.6 cannot return a None that is written out.
+        return
+    else:
+        return head_of(t, sequence, head)
+
+
+@triton.jit
 def head_from(t, sequence, head, start):
     """`head_of` a tensor whose first row counts as row `start`; None for a tensor that is missing."""
     if t is None:
-        # Triton 3.6 cannot return a None that is written out.
         return
     else:
         p_first, stride = head_of(t, sequence, head)
@@ -250,17 +259,37 @@ def scaled(b_x, b_factor):
 
 
 @triton.jit
+def rest(b_x, dtype: tl.constexpr):
+    """What float32 values lose when they are rounded to `dtype`."""
+    return b_x - narrow(b_x, dtype).to(tl.float32)
+
+
+@triton.jit
+def load_whole(
+    x, x_rest, start, high, i: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr
+):
+    """Piece i of rows [start, start + ROWS) and of their rest, which may be None, added in float32."""
+    b_piece = load_piece(x, start, 0, high, i, ROWS, D, PIECES, True).to(tl.float32)
+    if x_rest is not None:
+        b_piece += load_piece(x_rest, start, 0, high, i, ROWS, D, PIECES, True).to(tl.float32)
+    return b_piece
+
+
+@triton.jit
 def row_sum(b_x, b_y):
     """rowsum(X * Y) of one piece, float32 (ROWS,)."""
     return tl.sum(b_x.to(tl.float32) * b_y.to(tl.float32), 1)
 
 
 @triton.jit
-def row_sums(x_x, x_y, start, high, ROWS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr):
-    """rowsum(X * Y) of rows [start, start + ROWS) in memory, float32 (ROWS,), a piece at a time."""
+def row_sums(x_x, x_rest, x_y, start, high, ROWS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr):
+    """rowsum(X * Y) of rows [start, start + ROWS) in memory, float32 (ROWS,), a piece at a time.
+
+    X has a rest or None, as in `load_whole`.
+    """
     b_sum = tl.zeros((ROWS,), tl.float32)
     for i in tl.static_range(len(PIECES)):
-        b_x = load_piece(x_x, start, 0, high, i, ROWS, D, PIECES, True)
+        b_x = load_whole(x_x, x_rest, start, high, i, ROWS, D, PIECES)
         b_sum += row_sum(b_x, load_piece(x_y, start, 0, high, i, ROWS, D, PIECES, True))
         settle()
     return b_sum
