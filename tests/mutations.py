@@ -20,6 +20,7 @@ FORWARD, BACKWARD, DOUBLE = (
 )
 SECOND = "test_second_order_equals_dense_attention"
 DENSE = "test_equals_dense_attention"
+MEAN = "test_within_budget_where_keys_or_values_have_a_mean"
 
 
 T_TILES, T_VISIBLE, T_FORWARD, T_BACKWARD, T_DOUBLE = (
@@ -72,6 +73,9 @@ MUTATIONS = (
     Mutation("K_bar loses dS^T A", DOUBLE, "if (c.a) add_keys(tiles.d_p, a, some, seen, origin, k_sum);", "",
              SECOND),
     Mutation("V_bar of P instead of P'", DOUBLE, "store(t.p + i, p * s);", "store(t.p + i, p);", SECOND),
+    Mutation("r loses n", DOUBLE, "r[row] += near[row];", "r[row] += C(0);", SECOND),
+    Mutation("o without what it lost", "csrc/cpu/swa_gradient.h", "if (!o_rest) return;", "return;", MEAN),
+    Mutation("S' with what a row has in common", DOUBLE, "select<C>((n == none) & (low < none), found, n)", "n", MEAN),
     Mutation("cotangents of keys before key_start are read", DOUBLE, "{c.b, c.key_start}", "{c.b, 0}",
              "test_backward_from_a_key_on_differentiates"),
     Mutation("Triton: T loses r", T_DOUBLE, "(b_s1 - b_r) * (b_dp - b_delta)", "b_s1 * (b_dp - b_delta)", SMALL),
@@ -87,9 +91,13 @@ MUTATIONS = (
     Mutation("Triton: dO_bar loses P C", T_DOUBLE, "add_product(b_m, b_p, b_c, D)", "b_m", SMALL),
     Mutation("Triton: P detached", T_DOUBLE,
              "add_product(b_m, b_ps1, load_rows(x_v, j, low, Tk, BK, D, PIECES, EDGE), D)", "b_m", SMALL),
-    Mutation("Triton: dO_bar loses r O", T_DOUBLE, "b_m[piece] - b_r[:, None] * b_o.to(tl.float32)", "b_m[piece]",
+    Mutation("Triton: dO_bar loses r O", T_DOUBLE, "b_m[piece] - b_r[:, None] * b_o", "b_m[piece]",
              SMALL),
     Mutation("Triton: E loses D r", T_DOUBLE, "b_dom - b_delta * b_r", "b_dom", SMALL),
+    Mutation("Triton: r loses n", T_DOUBLE, "b_r + b_near, i", "b_r, i", SMALL),
+    Mutation("Triton: S' with what a row has in common", T_DOUBLE, "tl.where(b_least == _NONE, 0.0, b_near)",
+             "tl.zeros((BQ,), tl.float32)", MEAN),
+    Mutation("Triton: o without what it lost", T_TILES, "b_piece += load_piece(x_rest", "0 * load_piece(x_rest", MEAN),
     Mutation("Triton: dQ forgets D", T_BACKWARD, "b_p * (b_dp - b_delta[:, None])", "b_p * b_dp", SMALL),
     Mutation("Triton: dK forgets D", T_BACKWARD, "(product_t(b_v, b_do, BK, BQ, D) - b_delta)",
              "product_t(b_v, b_do, BK, BQ, D)", SMALL),

@@ -119,7 +119,7 @@ _AMPERE: Table = {
         128: (config(32, 64, 8, 1),),
         256: (config(16, 32, 8, 1),),
     },
-    "along": {64: (config(32, 32, 4, 2),), 128: (config(64, 32, 8, 1),), 256: (config(32, 16, 8, 1),)},
+    "along": {64: (config(32, 32, 4, 2),), 128: (config(32, 32, 8, 1),), 256: (config(32, 16, 8, 1),)},
     "double_backward_queries": {
         64: (config(64, 32, 8, 1),),
         128: (config(32, 16, 8, 1),),
@@ -145,6 +145,7 @@ _BLACKWELL: Table = {
         64: (config(32, 64, 4, 1), config(64, 128, 8, 1)),
         128: (config(32, 64, 4, 1), config(64, 128, 8, 1)),
     },
+    "along": {**_NARROW["along"], 128: (config(64, 32, 4, 1), config(128, 32, 8, 2))},
     "double_backward_queries": {
         **_NARROW["double_backward_queries"],
         64: (config(64, 32, 4, 1), config(128, 64, 8, 1)),
@@ -167,7 +168,7 @@ _WIDE: Table = {
 }
 """As `_NARROW`, for float32."""
 
-_AMPERE_WIDE: Table = {**_WIDE, "along": {128: (_exact(16, 16, 4),), 256: (_unguided(16, 16, 8),)}}
+_AMPERE_WIDE: Table = {**_WIDE, "along": {128: (_exact(16, 16, 8),), 256: (_unguided(16, 16, 8),)}}
 """As `_WIDE`, for devices before Hopper."""
 
 
