@@ -152,10 +152,22 @@ def test_within_budget_where_keys_or_values_have_a_mean(
     """
     slack = 3.0 if dtype == torch.float32 else 2.0
     q, k, v = qkv(1, tq, tk, 2, 1, 32)
-    k[:, tk // 3] *= 3
     own = on("cpu", window=window)
     function = lambda name: own if name == "cpu" else lambda *x: dense(*x, window=window)  # noqa: E731
     assert_within_budget(function, [q, k + of_keys, v + of_values], dtype, "cpu", slack=slack)
+
+
+@pytest.mark.skipif(not KERNELS, reason="needs the C++ kernels")
+@pytest.mark.parametrize("dtype", [t for t in DTYPES if t != torch.float64], ids=str)
+@pytest.mark.parametrize("huge", [slice(0, 96), slice(95, 96), slice(96, 192)])
+def test_within_budget_with_keys_of_huge_scores_and_no_weight(dtype: torch.dtype, huge: slice) -> None:
+    """Their S', huge too, has no part in any result."""
+    q, k, v = qkv(1, 3, 192, 1, 1, 16)
+    q[..., 0], k[..., 0] = 4, 0.1 * k[..., 0]
+    k[:, huge, :, 0] = -300
+    own = on("cpu", window=97)
+    function = lambda name: own if name == "cpu" else lambda *x: dense(*x, window=97)  # noqa: E731
+    assert_within_budget(function, [q, k, v], dtype, "cpu")
 
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)

@@ -58,13 +58,20 @@ def test_opcheck(backend: str, order: str, key_start: int) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("keep_rest", [False, True])
 def test_opcheck_in_16_bits(backend: str, keep_rest: bool) -> None:
-    given = (*(t.bfloat16() for t in qkv()), LENGTHS, None, 4, 0.7, 0, keep_rest)
-    opcheck(torch.ops.ttt_kernels.swa.default, (*given, backend))
-    o, _, o_rest = operator.forward(*given, backend=backend)
+    inputs, params = [t.bfloat16() for t in qkv()], (4, 0.7, 0, keep_rest)
+    given = (*inputs, LENGTHS, None)
+    opcheck(torch.ops.ttt_kernels.swa.default, (*given, *params, backend))
+    o, lse, o_rest = operator.forward(*given, *params, backend=backend)
     assert o_rest.shape == (o.shape if keep_rest else (0,))
-    wide = operator.forward(*(t.double() for t in given[:3]), *given[3:], backend="reference")[0]
+    backward = (draw(*o.shape, seed=3).bfloat16(), *given, o, lse, o_rest, *params)
+    opcheck(torch.ops.ttt_kernels.swa_backward.default, (*backward, [True] * 3, backend))
+    opcheck(torch.ops.ttt_kernels.swa_double_backward.default, (*inputs, *backward, [True] * 4, backend))
+    opcheck(torch.ops.ttt_kernels.swa_jvp.default, (*inputs, *inputs, LENGTHS, None, 4, 0.7, backend))
+    wide = operator.forward(*(t.double() for t in inputs), *given[3:], *params, backend="reference")[0]
     if keep_rest:
-        assert relative_error(o.double() + o_rest, wide) < 0.8 * relative_error(o, wide)
+        # The formulas round P for its product with V.
+        share = 0.8 if backend == "reference" else 0.01
+        assert relative_error(o.double() + o_rest, wide) < share * relative_error(o, wide)
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def test_within_budget_in_16_bits(dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("of_keys", "of_values"), [(10, 0), (0, 10), (10, 10)])
+@pytest.mark.parametrize(("of_keys", "of_values"), [(10, 0), (0, 10)])
 def test_within_budget_where_keys_or_values_have_a_mean(
     dtype: torch.dtype, of_keys: int, of_values: int
 ) -> None:
@@ -116,10 +116,20 @@ def test_within_budget_where_keys_or_values_have_a_mean(
     """
     slack = 3.0 if dtype == torch.float32 else 2.0
     q, k, v = qkv(1, 20, 150, 1, 1, 16)
-    k[:, 50] *= 3
     plain = lambda *x: dense(*x, window=130)  # noqa: E731
     function = lambda name: plain if name == "reference" else on(name, window=130)  # noqa: E731
     assert_within_budget(function, [q, k + of_keys, v + of_values], dtype, "triton", slack=slack)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_within_budget_with_keys_of_huge_scores_and_no_weight(dtype: torch.dtype) -> None:
+    """Their S', huge too, has no part in any result."""
+    q, k, v = qkv(1, 2, 70, 1, 1, 16)
+    q[..., 0], k[..., 0] = 4, 0.1 * k[..., 0]
+    k[:, :35, :, 0] = -300
+    function = lambda name: dense if name == "reference" else on(name)  # noqa: E731
+    assert_within_budget(function, [q, k, v], dtype, "triton")
 
 
 @pytest.mark.slow

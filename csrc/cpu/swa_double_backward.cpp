@@ -4,10 +4,12 @@
 //     M  = (P * (S' - n)) V + P C    O' = M - (r - n) O    E = rowsum(dO * O') = rowsum(dO * M) - D (r - n)
 //     P' = P * (S' - r)    T = P * ((S' - r) * (dP - D) + dO C^T - E)
 //     Q' = s (dS B + T K)    K' = s (dS^T A + T^T Q)    V' = P'^T dO
-// where n, some number near r, keeps what all S' of a row have in common (as where keys have something in
-// common) out of a difference of rounded terms. A task has the queries of a chunk and goes twice through the
-// keys that they see: first for r, E and O', its cotangent of dO, which is also the derivative of the output
-// along (A, B, C); then for the others. It shares its part of K' and V' as the backward pass does.
+// where n is 0, or r where S' have more in common than they differ (as where keys have something in common):
+// the difference of rounded terms would lose that. A task has the queries of a chunk and goes twice through
+// the keys that they see: first for r, E and O', its cotangent of dO, which is also the derivative of the
+// output along (A, B, C); then for the others. It shares its part of K' and V' as the backward pass does.
+#include <algorithm>
+
 #include "common/parallel.h"
 #include "cpu/kernels.h"
 #include "cpu/swa_gradient.h"
@@ -45,40 +47,28 @@ struct Tiles {
           g(scratch.take(kElements)) {}
 };
 
-// Sets n of the rows that have none yet, which is infinite, to what is nearest to 0 between the least and the
-// greatest S' of a tile whose keys they see; then large S' with small weights do not make it large.
+// A row's r - n, and the sum of P * (S' - n)^2, whose difference from (r - n)^2 is how far S' spreads about
+// r.
 template <class C>
-void approach(const Tiles<C>& t, int64_t keys, int64_t columns, C* near) {
-    const vec<C> none = splat(C(INFINITY)), zero{};
-    for (int64_t c = 0; c < columns; c += lanes<C>) {
-        const vec<C> n = load(near + c);
-        if (max_lanes<C>(n) < C(INFINITY)) continue;
-        vec<C> low = none, high = -none;
-        for (int64_t i = c; i < keys * kQueries; i += kQueries) {
-            const auto hidden = load(t.p + i) == -none;
-            const vec<C> s = load(t.s1 + i);
-            low = -max<C>(-low, select<C>(hidden, -none, -s));
-            high = max<C>(high, select<C>(hidden, -none, s));
-        }
-        const vec<C> found = select<C>(low > zero, low, select<C>(high < zero, high, zero));
-        store(near + c, select<C>((n == none) & (low < none), found, n));
-    }
-}
+struct Moments {
+    C *r, *square;
+};
 
-// Takes one tile of the first sweep: p becomes P, s1 becomes P * (S' - n), and r - n grows.
+// Takes one tile of the first sweep: p becomes P, s1 becomes P * (S' - n), and the moments grow.
 template <class C>
-void summarize(const Tiles<C>& t, int64_t keys, int64_t columns, const C* lse, const C* near, C* r) {
+void summarize(const Tiles<C>& t, int64_t keys, int64_t columns, const C* lse, const C* near, Moments<C> m) {
     for (int64_t c = 0; c < columns; c += lanes<C>) {
-        const vec<C> l = load(lse + c), known = load(near + c),
-                     n = select<C>(known < splat(C(INFINITY)), known, vec<C>{});
-        vec<C> sum{};
+        const vec<C> l = load(lse + c), n = load(near + c);
+        vec<C> sum{}, square{};
         for (int64_t i = c; i < keys * kQueries; i += kQueries) {
-            const vec<C> p = weight<C>(load(t.p + i), l), ps = p * (load(t.s1 + i) - n);
+            const vec<C> p = weight<C>(load(t.p + i), l), s = load(t.s1 + i) - n, ps = p * s;
             sum += ps;
+            square += ps * s;
             store(t.p + i, p);
             store(t.s1 + i, ps);
         }
-        store(r + c, load(r + c) + sum);
+        store(m.r + c, load(m.r + c) + sum);
+        store(m.square + c, load(m.square + c) + square);
     }
 }
 
@@ -109,7 +99,7 @@ struct Task {
           padded(round_up(rows, kQueries)),
           D(c.s.D),
           stride(row_stride<C>(D)),
-          scratch(GradientRows<C>::elements(padded, D) + padded * (2 * stride + D + 3) +
+          scratch(GradientRows<C>::elements(padded, D) + padded * (2 * stride + D + 4) +
                   4 * Tiles<C>::kElements + 2 * kKeys * stride),
           of(c.outcome, c.s, queries, scratch),
           a(scratch.take(padded * stride)),
@@ -117,30 +107,22 @@ struct Task {
           a_panels(scratch.take(padded * D)),
           r(scratch.take(padded)),
           e(scratch.take(padded)),
+          square(scratch.take(padded)),
           near(scratch.take(padded)),
           tiles(scratch),
           k_sum(scratch.take(kKeys * stride)),
           v_sum(scratch.take(kKeys * stride)) {
         if (c.a) pack_queries(c.a, queries, D, c.outcome.scale, a, a_panels);
-        fill(r, padded, C(0));
         fill(e, padded, C(0));
-        fill(near, padded, C(INFINITY));
+        fill(near, padded, C(0));
     }
 
-    // r, E and O'. On the way, r is r - n.
+    // r, E and O'.
     void first_sweep() {
-        fill(sum, padded * stride, C(0));
-        const Range range = queries.keys();
-        for (int64_t origin = round_down(range.begin, kKeys); origin < range.end; origin += kKeys) {
-            for (int64_t row = 0; row < rows; row += kQueries) {
-                const Range some = rows_from(row), seen = seen_by(some, origin);
-                if (seen.empty()) continue;
-                fill_weights(some, seen);
-                approach(tiles, seen.size(), columns(some), near + row);
-                summarize(tiles, seen.size(), columns(some), of.lse + row, near + row, r + row);
-                add_rows(tiles.s1, kV, some, seen);
-                if (c.c) add_rows(tiles.p, kC, some, seen);
-            }
+        summarize_keys();
+        if (common()) {
+            for (int64_t row = 0; row < padded; ++row) near[row] = r[row];
+            summarize_keys();
         }
         Scratch<C> memory(2 * stride);
         C *o = memory.take(stride), *spare = memory.take(stride);
@@ -153,8 +135,37 @@ struct Task {
                 for (int64_t d = 0; d < D; d += lanes<C>) store(m + d, load(m + d) - load(o + d));
                 c.do_bar.write(queries.b, position, head, m, C(1));
             }
-            if (near[row] < C(INFINITY)) r[row] += near[row];
+            r[row] += near[row];
         }
+    }
+
+    // r - n and M.
+    void summarize_keys() {
+        fill(sum, padded * stride, C(0));
+        fill(r, padded, C(0));
+        fill(square, padded, C(0));
+        const Range range = queries.keys();
+        for (int64_t origin = round_down(range.begin, kKeys); origin < range.end; origin += kKeys) {
+            for (int64_t row = 0; row < rows; row += kQueries) {
+                const Range some = rows_from(row), seen = seen_by(some, origin);
+                if (seen.empty()) continue;
+                fill_weights(some, seen);
+                summarize(tiles, seen.size(), columns(some), of.lse + row, near + row,
+                          {r + row, square + row});
+                add_rows(tiles.s1, kV, some, seen);
+                if (c.c) add_rows(tiles.p, kC, some, seen);
+            }
+        }
+    }
+
+    // Whether S' of the rows have more in common, their r, than twice their spread about it.
+    bool common() const {
+        C shared(0), spread(0);
+        for (int64_t row = 0; row < rows; ++row) {
+            shared += r[row] * r[row];
+            spread += std::max(C(0), square[row] - r[row] * r[row]);
+        }
+        return shared > 4 * spread;
     }
 
     // Q', K' and V'.
@@ -251,7 +262,7 @@ struct Task {
     const int64_t group, rows, padded, D, stride;
     Scratch<C> scratch;
     const GradientRows<C> of;
-    C *a, *sum, *a_panels, *r, *e, *near;
+    C *a, *sum, *a_panels, *r, *e, *square, *near;
     const Tiles<C> tiles;
     C *k_sum, *v_sum;
 };

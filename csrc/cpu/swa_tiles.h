@@ -44,8 +44,8 @@ inline int64_t row_stride(int64_t D) {
 
 // e^x for x up to 88; 0 below -87.7, NaN kept. As 2^(x log2 e), whose fraction r has the polynomial of degree
 // 6 with the least relative error on [-1/2, 1/2], 2e-9. To about one unit in the last place near 0; rounding
-// of log2 e adds a fifth of a unit for each unit of x, where the result is small (without fused
-// multiply-adds, that of the product most of one).
+// of log2 e adds a fifth of a unit for each unit of x, where the result is small, and without fused
+// multiply-adds that of x log2 e up to one more.
 inline vf exponential(vf x) {
     const vf floor = splat(-88.02969f), log2e = splat(1.44269504f);
     x = select<float>(x < floor, floor, x);

@@ -148,11 +148,13 @@ def double_backward(
         "p_lse": lse, "p_r": r, "p_e": e, "p_delta": delta, "key_start": key_start,
     }  # fmt: skip
     shifted = key_start > 0
-    call.by_queries(
-        "along", triton_double_backward.along,
-        **shared, t_o=located(o), t_rest=located_or_none(o_rest), t_dobar=located_or_none(dobar),
-        SHIFTED=shifted,
-    )  # fmt: skip
+    near = torch.empty_like(lse)
+    for again in range(1 if g_q is None and g_k is None else 2):
+        call.by_queries(
+            "along", triton_double_backward.along,
+            **shared, t_o=located(o), t_rest=located_or_none(o_rest), t_dobar=located_or_none(dobar),
+            p_near=near, again=again, SHIFTED=shifted,
+        )  # fmt: skip
     if qbar is not None:
         for first, count in parts("double_backward_queries", q.shape[3], q.dtype):
             call.by_queries(

@@ -168,7 +168,7 @@ _WIDE: Table = {
 }
 """As `_NARROW`, for float32."""
 
-_AMPERE_WIDE: Table = {**_WIDE, "along": {128: (_exact(16, 16, 8),), 256: (_unguided(16, 16, 8),)}}
+_AMPERE_WIDE: Table = {**_WIDE, "along": {256: (_exact(16, 16, 8),)}}
 """As `_WIDE`, for devices before Hopper."""
 
 

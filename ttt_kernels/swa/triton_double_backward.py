@@ -5,8 +5,8 @@ With the cotangents A, B, C of dQ, dK, dV (None where zero) and the formulas of 
 
     dO_bar = M - (r - n) O        E = rowsum(dO * dO_bar) = rowsum(dO * M) - D (r - n)
 
-where n, some number near r, keeps what all S' of a row have in common (as where keys have something in common) out of
-a difference of rounded terms. And T = P * ((S' - r) * (dP - D) + dO C^T - E): neither sweep needs
+where n is 0, or r where S' have more in common than they differ (as where keys have something in common): the
+difference of rounded terms would lose that. And T = P * ((S' - r) * (dP - D) + dO C^T - E): neither sweep needs
 rowsum(P * S' * dP), since rowsum(P * S' * (dO V^T)) is rowsum(dO * ((P * S') V)).
 """
 
@@ -42,98 +42,68 @@ from ttt_kernels.swa.triton_visible import (
     lowest_key,
     query_block,
     query_range,
-    seen,
     tile_start,
     tiles,
 )
 
-_NONE = tl.constexpr(float("inf"))
-
-
-@triton.jit
-def _tangent(
-    b_q, b_a, b_k, x_b, j, low, Tk, key_start, scale,
-    BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """S' of the keys [j, j + BK), not both of its terms missing."""
-    b_s1 = tl.zeros((BQ, BK), tl.float32)
-    if b_a is not None:
-        b_s1 = add_product_t(b_s1, b_a, b_k, D)
-    if x_b is not None:
-        b_b = load_rows(x_b, j, tl.maximum(low, key_start), Tk, BK, D, PIECES, MASKED)
-        b_s1 = add_product_t(b_s1, b_q, b_b, D)
-    return b_s1 * scale
-
-
-@triton.jit
-def _near(
-    b_q, b_a, x_k, x_b, i, span, p_first, low, Tq, Tk, window, key_start, scale,
-    BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, SHIFTED: tl.constexpr,
-):  # fmt: skip
-    """n of rows: what is nearest to 0 between the least and the greatest S' of some keys that they see.
-
-    So large S' with small weights do not make it large. The keys are those of one tile that all rows see, or else all.
-    """
-    b_least = tl.full((BQ,), _NONE, tl.float32)
-    b_most = tl.full((BQ,), -_NONE, tl.float32)
-    b_i = (i + tl.arange(0, BQ))[:, None]
-    for EDGE in tl.static_range(2):
-        count = tl.minimum(tiles(span, BK, 0), 1)
-        if EDGE:
-            count = (1 - count) * tiles(span, BK, 1)
-        for index in tl.range(count, disable_licm=True):
-            j = tile_start(span, index, BK, EDGE)
-            b_k = load_rows(x_k, j, low, Tk, BK, D, PIECES, EDGE)
-            b_s1 = _tangent(
-                b_q, b_a, b_k, x_b, j, low, Tk, key_start, scale, BQ, BK, D, PIECES, EDGE or SHIFTED
-            )
-            b_low = b_s1
-            b_high = b_s1
-            if EDGE:
-                m_seen = seen(b_i, (j + tl.arange(0, BK))[None, :], p_first, low, Tq, Tk, window)
-                b_low = tl.where(m_seen, b_s1, _NONE)
-                b_high = tl.where(m_seen, b_s1, -_NONE)
-            b_least = tl.minimum(b_least, tl.min(b_low, 1))
-            b_most = tl.maximum(b_most, tl.max(b_high, 1))
-    b_near = tl.where(b_least > 0, b_least, tl.minimum(b_most, 0.0))
-    return tl.where(b_least == _NONE, 0.0, b_near)
-
 
 @triton.jit
 def _along_tile(
-    b_m, b_r, b_near, b_q, b_a, b_lse, x_k, x_v, x_b, x_c, i, j, p_first, low, Tq, Tk, window, key_start, scale,
+    b_m, b_r, b_square, b_near, b_q, b_a, b_lse, x_k, x_v, x_b, x_c, i, j, p_first, low, Tq, Tk, window, key_start,
+    scale,
     BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, EDGE: tl.constexpr,
     SHIFTED: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys [j, j + BK) to r - n and, where SUM, to M."""
+    """Adds the keys [j, j + BK) to r - n, to the sum of P * (S' - n)^2 and, where SUM, to M."""
     b_k = load_rows(x_k, j, low, Tk, BK, D, PIECES, EDGE)
     b_i = (i + tl.arange(0, BQ))[:, None]
     b_j = (j + tl.arange(0, BK))[None, :]
     b_p = weights(b_q, b_k, b_lse[:, None], b_i, b_j, p_first, low, Tq, Tk, window, scale, BQ, BK, D, EDGE)
-    if b_near is not None:
-        b_s1 = _tangent(b_q, b_a, b_k, x_b, j, low, Tk, key_start, scale, BQ, BK, D, PIECES, EDGE or SHIFTED)
-        b_ps1 = b_p * (b_s1 - b_near[:, None])
+    if b_a is not None or x_b is not None:
+        b_s1 = tl.zeros((BQ, BK), tl.float32)
+        if b_a is not None:
+            b_s1 = add_product_t(b_s1, b_a, b_k, D)
+        if x_b is not None:
+            b_b = load_rows(x_b, j, tl.maximum(low, key_start), Tk, BK, D, PIECES, EDGE or SHIFTED)
+            b_s1 = add_product_t(b_s1, b_q, b_b, D)
+        b_s1 = b_s1 * scale - b_near[:, None]
+        b_ps1 = b_p * b_s1
         b_r += tl.sum(b_ps1, 1)
+        b_square += tl.sum(b_ps1 * b_s1, 1)
         if SUM:
             b_m = add_product(b_m, b_ps1, load_rows(x_v, j, low, Tk, BK, D, PIECES, EDGE), D)
     if SUM and x_c is not None:
         b_c = load_rows(x_c, j, tl.maximum(low, key_start), Tk, BK, D, PIECES, EDGE or SHIFTED)
         b_m = add_product(b_m, b_p, b_c, D)
-    return b_m, b_r
+    return b_m, b_r, b_square
 
 
-@triton.jit(do_not_specialize=["Tq", "Tk", "window", "key_start"])
+@triton.jit
+def _common(b_r, b_square):
+    """Whether S' of the rows have more in common, their r, than twice their spread about it."""
+    b_shared = b_r * b_r
+    return tl.sum(b_shared, 0) > 4 * tl.sum(tl.maximum(b_square - b_shared, 0.0), 0)
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "window", "key_start", "again"])
 def along(
-    t_q, t_k, t_v, t_o, t_rest, t_do, t_a, t_b, t_c, t_dobar, p_lse, p_r, p_e, p_delta, p_lengths, p_first,
-    scale, Tq, Tk, window, key_start, heads, group,
+    t_q, t_k, t_v, t_o, t_rest, t_do, t_a, t_b, t_c, t_dobar, p_lse, p_r, p_e, p_delta, p_near, p_lengths, p_first,
+    scale, Tq, Tk, window, key_start, heads, group, again,
     BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """r; dO_bar (unless t_dobar is None); E and D (unless p_e is None).
+
+    A first launch has n = 0, and leaves r in p_near where n = r would be better, zeros elsewhere. A second launch, with
+    `again` above 0, does only those rows once more.
 
     SHIFTED says whether key_start is above 0: B and C are those of the keys from there on.
     """
     sequence, head, i = query_block(heads, Tq, BQ)
     row = (sequence * heads + head).to(tl.int64) * Tq
+    b_near = load_statistic(p_near + row, i, Tq, 0.0, BQ, True)
+    if (again > 0) & (tl.max(tl.abs(b_near), 0) == 0):
+        return
+    b_near = tl.where(again > 0, b_near, 0.0)
     low = lowest_key(p_lengths, sequence, Tk)
     x_k = head_of(t_k, sequence, head // group)
     x_v = head_of(t_v, sequence, head // group)
@@ -146,37 +116,19 @@ def along(
     b_lse = load_statistic(p_lse + row, i, Tq, float("inf"), BQ, True)
     span = key_range(i, p_first, low, Tq, Tk, window, BQ, BK)
     SUM: tl.constexpr = t_dobar is not None or p_e is not None
-    b_near = None
-    if b_a is not None or x_b is not None:
-        b_near = _near(
-            b_q,
-            b_a,
-            x_k,
-            x_b,
-            i,
-            span,
-            p_first,
-            low,
-            Tq,
-            Tk,
-            window,
-            key_start,
-            scale,
-            BQ,
-            BK,
-            D,
-            PIECES,
-            SHIFTED,
-        )
     b_m = zero_rows(BQ, PIECES)
     b_r = tl.zeros((BQ,), tl.float32)
+    b_square = tl.zeros((BQ,), tl.float32)
     for EDGE in tl.static_range(2):
         for index in tl.range(tiles(span, BK, EDGE), disable_licm=True):
-            b_m, b_r = _along_tile(
-                b_m, b_r, b_near, b_q, b_a, b_lse, x_k, x_v, x_b, x_c, i, tile_start(span, index, BK, EDGE),
-                p_first, low, Tq, Tk, window, key_start, scale, BQ, BK, D, PIECES, EDGE, SHIFTED, SUM,
+            b_m, b_r, b_square = _along_tile(
+                b_m, b_r, b_square, b_near, b_q, b_a, b_lse, x_k, x_v, x_b, x_c, i,
+                tile_start(span, index, BK, EDGE), p_first, low, Tq, Tk, window, key_start, scale,
+                BQ, BK, D, PIECES, EDGE, SHIFTED, SUM,
             )  # fmt: skip
-    store_statistic(p_r + row, b_r if b_near is None else b_r + b_near, i, Tq, BQ)
+    if again == 0:
+        store_statistic(p_near + row, tl.where(_common(b_r, b_square), b_r, 0.0), i, Tq, BQ)
+    store_statistic(p_r + row, b_r + b_near, i, Tq, BQ)
     # Piece by piece and one result after the other: more at once would overflow the registers.
     x_o = head_of(t_o, sequence, head)
     x_rest = head_or_none(t_rest, sequence, head)
