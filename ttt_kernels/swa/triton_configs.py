@@ -162,14 +162,11 @@ _WIDE: Table = {
     "forward": {128: (_exact(32, 32, 4),), 256: (_exact(32, 32, 8),)},
     "backward_queries": {128: (_exact(32, 32, 4),), 256: (_exact(16, 16, 4),)},
     "backward_keys": {128: (_exact(32, 32, 4),), 256: (_exact(32, 32, 8),)},
-    "along": {256: (_exact(32, 16, 8),)},
+    "along": {128: (_exact(32, 16, 8),), 256: (_exact(16, 16, 8),)},
     "double_backward_queries": {256: (_exact(32, 16, 8),)},
     "double_backward_keys": {256: (_exact(16, 16, 4),)},
 }
 """As `_NARROW`, for float32."""
-
-_AMPERE_WIDE: Table = {**_WIDE, "along": {256: (_exact(16, 16, 8),)}}
-"""As `_WIDE`, for devices before Hopper."""
 
 
 def configs(kernel: str, head_dim: int, dtype: torch.dtype, capability: int) -> tuple[Config, ...]:
@@ -180,6 +177,5 @@ def configs(kernel: str, head_dim: int, dtype: torch.dtype, capability: int) -> 
     if interpreted():
         return _INTERPRETED
     narrow = _BLACKWELL if capability >= 100 else _NARROW if capability >= 90 else _AMPERE
-    wide = _WIDE if capability >= 90 else _AMPERE_WIDE
-    table = wide if dtype == torch.float32 else narrow
+    table = _WIDE if dtype == torch.float32 else narrow
     return next(found for largest, found in table[kernel].items() if head_dim <= largest)
