@@ -73,7 +73,7 @@ MUTATIONS = (
     Mutation("K_bar loses dS^T A", DOUBLE, "if (c.a) add_keys(tiles.d_p, a, some, seen, origin, k_sum);", "",
              SECOND),
     Mutation("V_bar of P instead of P'", DOUBLE, "store(t.p + i, p * s);", "store(t.p + i, p);", SECOND),
-    Mutation("r loses n", DOUBLE, "r[row] += near[row];", "r[row] += C(0);", SECOND),
+    Mutation("r loses n", DOUBLE, "r[row] += near[row];", "r[row] += C(0);", MEAN),
     Mutation("o without what it lost", "csrc/cpu/swa_gradient.h", "if (!o_rest) return;", "return;", MEAN),
     Mutation("S' with what a row has in common", DOUBLE, "return shared > 4 * spread;", "return false;", MEAN),
     Mutation("cotangents of keys before key_start are read", DOUBLE, "{c.b, c.key_start}", "{c.b, 0}",
