@@ -136,11 +136,16 @@ def test_within_budget(dtype: torch.dtype, data: st.DataObject) -> None:
 def test_within_budget_where_keys_or_values_have_a_mean(
     dtype: torch.dtype, of_keys: int, of_values: int, tq: int, tk: int, window: int
 ) -> None:
-    """Then gradients are small differences of large numbers."""
+    """Then gradients are small differences of large numbers.
+
+    In float32, where nothing is more exact than the output itself, rowsum(dO * O) has more of its rounding than plain
+    softmax, which makes that sum of the products dO V^T.
+    """
+    slack = 3.0 if dtype == torch.float32 else 2.0
     q, k, v = qkv(1, tq, tk, 2, 1, 32)
     own = on("cpu", window=window)
     function = lambda name: own if name == "cpu" else lambda *x: dense(*x, window=window)  # noqa: E731
-    assert_within_budget(function, [q, k + of_keys, v + of_values], dtype, "cpu")
+    assert_within_budget(function, [q, k + of_keys, v + of_values], dtype, "cpu", slack=slack)
 
 
 @pytest.mark.skipif(not KERNELS, reason="needs the C++ kernels")

