@@ -110,7 +110,7 @@ MUTATIONS = (
     Mutation("Triton: range of queries ends too early", T_VISIBLE, "tl.minimum(j + window - (Tk - Tq), Tq)",
              "tl.minimum(j + window - (Tk - Tq) - 1, Tq)", CASE + "reaches"),
     Mutation("Triton: middle of keys begins too early", T_VISIBLE, "full = tl.minimum(tl.cdiv(first_key(last",
-             "full = tl.minimum(tl.cdiv(first_key(i", CASE + "window and tile"),
+             "full = tl.minimum(tl.cdiv(first_key(i", CASE + "cache"),
     Mutation("Triton: middle of keys ends too late", T_VISIBLE, "tl.maximum((i + (Tk - Tq) + 1) // BK * BK, full)",
              "tl.maximum((i + BQ - 1 + (Tk - Tq) + 1) // BK * BK, full)", CASE + "causal"),
     Mutation("Triton: middle of queries begins too early", T_VISIBLE, "tl.maximum(last - (Tk - Tq), 0), BQ)",

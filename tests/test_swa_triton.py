@@ -60,7 +60,7 @@ CASES = {
         (1, 19, 35, 2, 1, 20),
         {"window": 22, "key_lengths": (33,)},
     ),
-    "packed in short": ((1, 34, 34, 1, 1, 8), {"cu_seqlens": (0, 3, 3, 20, 34), "window": 12}),
+    "packed in short": ((1, 34, 34, 1, 1, 8), {"cu_seqlens": (0, 3, 3, 20, 33, 34), "window": 12}),
     "window smaller than a tile": ((1, 36, 36, 1, 1, 5), {"window": 9}),
     "window that reaches the last key of a tile": ((1, 49, 49, 1, 1, 8), {"window": 18}),
     "window of a tile": ((1, 66, 66, 1, 1, 8), {"window": 32}),
