@@ -21,7 +21,7 @@ from ttt_kernels.linear_ce import operator as linear_ce
 from ttt_kernels.rms_norm import operator as rms_norm
 from ttt_kernels.rope import operator as rope
 from ttt_kernels.swa import operator as swa
-from ttt_kernels.swa import recorded
+from ttt_kernels.swa.rest import recorded
 from ttt_kernels.swiglu import operator as swiglu
 
 if TYPE_CHECKING:

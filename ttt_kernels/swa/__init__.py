@@ -1,6 +1,5 @@
 """Causal attention over a sliding window."""
 
-import torch
 from torch import Tensor
 
 from ttt_kernels import tangents
@@ -8,6 +7,7 @@ from ttt_kernels.backends import refuse_on_cpu
 from ttt_kernels.extension import compute_dtype
 from ttt_kernels.registry import Operator
 from ttt_kernels.swa import check, cpu, jvp, reference, triton
+from ttt_kernels.swa.rest import empty_rest, recorded
 
 
 def _fake(
@@ -22,9 +22,8 @@ def _fake(
     keep_rest: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     b, tq, heads, _ = q.shape
-    wide = compute_dtype(q.dtype)
-    rest = q.new_empty(q.shape if keep_rest and wide != q.dtype else 0)
-    return q.new_empty(q.shape), q.new_empty((b, heads, tq), dtype=wide), rest
+    statistics = q.new_empty((b, heads, tq), dtype=compute_dtype(q.dtype))
+    return q.new_empty(q.shape), statistics, empty_rest(q, keep_rest)
 
 
 def _fake_backward(
@@ -77,11 +76,6 @@ a backward are exact too.
 Where `keep_rest`, `o_rest` is what 16-bit `o` lost to rounding, rounded itself; otherwise it has no elements. A row's
 sum of dO * O stands against sums of exact products dO V^T, and where values have something in common the difference
 is smaller than what `o` lost."""
-
-
-def recorded(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether autograd may ask for a gradient."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
 
 
 def sliding_window_attention(

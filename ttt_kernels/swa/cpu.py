@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ttt_kernels.extension import compute_dtype, dtype_code, kernels
 from ttt_kernels.swa import check
+from ttt_kernels.swa.rest import empty_rest
 from ttt_kernels.swa.visible import first_keys
 
 
@@ -47,10 +48,8 @@ def forward(
     q, k, v = _rows(q), _rows(k), _rows(v)
     b, tq, heads, d = q.shape
     first, first_b = _first_keys(q, k, key_lengths, cu_seqlens, window)
-    wide = compute_dtype(q.dtype)
-    o = q.new_empty(q.shape)
-    lse = q.new_empty((b, heads, tq), dtype=wide)
-    o_rest = q.new_empty(q.shape if keep_rest and wide != q.dtype else 0)
+    o, o_rest = q.new_empty(q.shape), empty_rest(q, keep_rest)
+    lse = q.new_empty((b, heads, tq), dtype=compute_dtype(q.dtype))
     if o.numel():
         kernels().swa_forward(
             dtype_code(q.dtype), *_located(q), *_located(k), *_located(v), first.data_ptr(), first_b,

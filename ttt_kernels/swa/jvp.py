@@ -17,6 +17,7 @@ from ttt_kernels.registry import Kernel, Operator
 from ttt_kernels.swa import cpu, reference, triton
 from ttt_kernels.swa.blocks import blocks, layout, valid
 from ttt_kernels.swa.reference import joined, scores, scores_tangent, softmax
+from ttt_kernels.swa.rest import empty_rest
 from ttt_kernels.swa.visible import first_keys
 from ttt_kernels.tangents import total
 
@@ -118,9 +119,8 @@ def _backward(kernels: Any) -> Kernel:
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, ...]:
     b, tq, heads, _d = q.shape
-    wide = compute_dtype(q.dtype)
-    rest = q.new_empty(q.shape if wide != q.dtype else 0)
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty((b, heads, tq), dtype=wide), rest
+    statistics = q.new_empty((b, heads, tq), dtype=compute_dtype(q.dtype))
+    return q.new_empty(q.shape), q.new_empty(q.shape), statistics, empty_rest(q, True)
 
 
 operator = Operator(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ttt_kernels.backends import refuse_on_triton
+from ttt_kernels.swa.rest import empty_rest
 from ttt_kernels.swa.triton_configs import HEAD_DIM, parts, sums_both
 
 
@@ -40,9 +41,8 @@ def forward(
     from ttt_kernels.swa import triton_forward
     from ttt_kernels.swa.triton_launch import Call, located, located_or_none
 
-    o = q.new_empty(q.shape)
+    o, o_rest = q.new_empty(q.shape), empty_rest(q, keep_rest)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    o_rest = q.new_empty(q.shape if keep_rest and q.dtype != torch.float32 else 0)
     if o.numel() == 0:
         return o, lse, o_rest
     if scale <= 0:
