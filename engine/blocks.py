@@ -73,11 +73,11 @@ def attention_forward(
     keys, values = cache.extend(ops.rope(k_normed, positions), v)
     o, saved = ops.attention(q, keys, values, window, for_backward=for_backward)
     a = ops.linear(o.flatten(2), w.w_o)
-    p, post_rstd = ops.norm(a, w.seq_post_norm)
+    out, post_rstd = ops.norm(a, w.seq_post_norm, x)
     tape = AttentionTape(
         x, rstd, q_raw, q_rstd, k_raw, k_rstd, q, keys, values, saved, a, post_rstd, positions
     )
-    return x + p, tape
+    return out, tape
 
 
 def attention_backward(
@@ -101,8 +101,8 @@ def mlp_forward(ops: Ops, w: MLPWeights, matrices: Sequence[Tensor], x: Tensor) 
     """x (B, T, d); matrices shared or with a leading B; returns x plus the branch."""
     h, rstd = ops.norm(x, w.norm)
     y, gate, up = ops.mlp(h, matrices)
-    p, post_rstd = ops.norm(y, w.post_norm)
-    return x + p, MLPTape(x, rstd, h, gate, up, y, post_rstd)
+    out, post_rstd = ops.norm(y, w.post_norm, x)
+    return out, MLPTape(x, rstd, h, gate, up, y, post_rstd)
 
 
 def mlp_backward(

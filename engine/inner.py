@@ -87,11 +87,8 @@ def inner_forward(
     out, tapes = suffix_forward(ops, weights.suffix, fast.copies, x, positions, caches, config.window)
     hidden, rstd = ops.norm(out, weights.final_norm)
     counts = counted(targets, config)
-    if torch.is_grad_enabled():
-        nll, lse = ops.nll(hidden, weights.head, targets)
-        d_hidden = ops.nll_backward(counts.to(nll.dtype), hidden, weights.head, targets, lse)
-    else:
-        nll, d_hidden = ops.nll_and_gradient(hidden, weights.head, targets, counts)
+    nll, saved = ops.nll(hidden, weights.head, targets, for_backward=True)
+    d_hidden = ops.nll_backward(counts.to(nll.dtype), hidden, weights.head, targets, saved)
     return Forward(nll, hidden, d_hidden, out, rstd, tapes)
 
 
@@ -99,7 +96,8 @@ def with_last_target(ops: Ops, config: TTTConfig, weights: Weights, read: Forwar
     """`read` with the target (B,) of its last token, which was not known yet; builds no graph."""
     last = read.hidden[:, -1:]
     counts = counted(target[:, None], config)
-    nll, d_last = ops.nll_and_gradient(last, weights.head, target[:, None], counts)
+    nll, saved = ops.nll(last, weights.head, target[:, None], for_backward=True)
+    d_last = ops.nll_backward(counts, last, weights.head, target[:, None], saved)
     return read._replace(
         nll=torch.cat((read.nll[:, :-1], nll), 1), d_hidden=torch.cat((read.d_hidden[:, :-1], d_last), 1)
     )

@@ -16,7 +16,6 @@ from torch import Tensor
 from ttt_kernels import matmul
 from ttt_kernels.clipped_sgd import operator as clipped_sgd
 from ttt_kernels.clipped_sgd.update import update_
-from ttt_kernels.linear_ce import nll_and_input_gradient
 from ttt_kernels.linear_ce import operator as linear_ce
 from ttt_kernels.rms_norm import operator as rms_norm
 from ttt_kernels.rope import operator as rope
@@ -43,15 +42,15 @@ class Ops:
         self._theta = config.rope_theta
         self._scale = config.head_dim**-0.5
 
-    def norm(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """RMSNorm over the last dimension; also its reciprocal root mean squares."""
-        y, rstd = rms_norm.forward(x, weight, self._eps, backend=self._backend["rms_norm"])
+    def norm(self, x: Tensor, weight: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """RMSNorm over the last dimension, plus the residual; also its reciprocal root mean squares."""
+        y, rstd = rms_norm.forward(x, weight, residual, self._eps, backend=self._backend["rms_norm"])
         return y, rstd
 
     def norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
         """Gradient of x only."""
-        backend = self._backend["rms_norm"]
-        return rms_norm.backward(dy, x, weight, rstd, self._eps, needs=(True, False), backend=backend)[0]
+        arguments, backend = (dy, x, weight, None, rstd, self._eps), self._backend["rms_norm"]
+        return rms_norm.backward(*arguments, needs=(True, False, False), backend=backend)[0]
 
     def rope(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotates interleaved pairs of x (B, T, H, D)."""
@@ -108,28 +107,23 @@ class Ops:
         """Gradient of x."""
         return matmul.mm(dy, weight)
 
-    def nll(self, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def nll(
+        self, hidden: Tensor, head: Tensor, targets: Tensor, *, for_backward: bool = False
+    ) -> tuple[Tensor, Any]:
         """Negative log-likelihoods of targets (...) from hidden (..., d), 0 where ignored; and what backward needs."""
-        backend = self._backend["linear_ce"]
-        nll, lse = linear_ce.forward(hidden.flatten(0, -2), head, targets.flatten(), IGNORED, backend=backend)
-        return nll.view(targets.shape), lse
+        keep_slope = for_backward or (torch.is_grad_enabled() and hidden.requires_grad)
+        arguments = (hidden.flatten(0, -2), head, targets.flatten(), IGNORED, keep_slope)
+        nll, *saved = linear_ce.forward(*arguments, backend=self._backend["linear_ce"])
+        return nll.view(targets.shape), saved
 
     def nll_backward(
-        self, d_nll: Tensor, hidden: Tensor, head: Tensor, targets: Tensor, lse: Tensor
+        self, d_nll: Tensor, hidden: Tensor, head: Tensor, targets: Tensor, saved: Any
     ) -> Tensor:
-        """Gradient of hidden."""
-        arguments = (d_nll.flatten(), hidden.flatten(0, -2), head, targets.flatten(), lse, IGNORED)
+        """Gradient of hidden; without a product, because forward has made it."""
+        arguments = (d_nll.flatten(), hidden.flatten(0, -2), head, targets.flatten(), *saved, IGNORED, True)
         backend = self._backend["linear_ce"]
         d_hidden = linear_ce.backward(*arguments, needs=(True, False), backend=backend)[0]
         return d_hidden.view(hidden.shape)
-
-    def nll_and_gradient(
-        self, hidden: Tensor, head: Tensor, targets: Tensor, d_nll: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`nll` and `nll_backward` in one pass over the vocabulary; not differentiable."""
-        arguments = (hidden.flatten(0, -2), head, targets.flatten(), d_nll.flatten(), IGNORED)
-        nll, _, d_hidden = nll_and_input_gradient(*arguments, backend=self._backend["linear_ce"])
-        return nll.view(targets.shape), d_hidden.view(hidden.shape)
 
     def update(
         self,

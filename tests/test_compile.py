@@ -106,10 +106,10 @@ def test_failures_make_the_exit_status(
     bad = report("HGMMA.64x64x16.F32.BF16", stack=8)
     # A kernel of its own: those of the operators would not be interpreted any more by later tests.
     case = Case("swa.along", "bf16", None, {}, Config((("BQ", 64),), 4, 1), True)
-    monkeypatch.setitem(command.OPERATORS, "swa", lambda arch: [case])
+    monkeypatch.setattr(command, "cases", lambda operator, arch: [case])
     monkeypatch.setattr(command, "reports", lambda places: [bad for _ in places])
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert command.main(["--arch", "sm_90", "--kernel", "along"]) == 1
+    assert command.main(["--arch", "sm_90", "--operator", "swa", "--kernel", "along"]) == 1
     assert "8 bytes spilled" in capsys.readouterr().out
 
 

@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
 from ttt_kernels import sliding_window_attention, sliding_window_attention_jvp
-from ttt_kernels.swa import jvp, operator
+from ttt_kernels.swa import operator
 
 KERNELS = tuple(name for name in BACKENDS if name != "reference")
 
@@ -66,7 +66,7 @@ def test_opcheck_in_16_bits(backend: str, keep_rest: bool) -> None:
     backward = (draw(*o.shape, seed=3).bfloat16(), *given, o, lse, o_rest, *params)
     opcheck(torch.ops.ttt_kernels.swa_backward.default, (*backward, [True] * 3, backend))
     opcheck(torch.ops.ttt_kernels.swa_double_backward.default, (*inputs, *backward, [True] * 4, backend))
-    opcheck(torch.ops.ttt_kernels.swa_jvp.default, (*inputs, *inputs, LENGTHS, None, 4, 0.7, backend))
+    opcheck(torch.ops.ttt_kernels.swa_jvp.default, (*inputs, LENGTHS, None, *inputs, 4, 0.7, backend))
     wide = operator.forward(*(t.double() for t in inputs), *given[3:], *params, backend="reference")[0]
     if keep_rest:
         # The formulas round P for its product with V.

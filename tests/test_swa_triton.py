@@ -2,7 +2,6 @@
 
 import sys
 
-import numpy
 import pytest
 import torch
 from dense_attention import dense
@@ -12,20 +11,13 @@ from hypothesis import strategies as st
 from small_model import model
 from torch import Tensor
 from torch.library import opcheck
+from triton_here import DEVICE, needs_triton
 
 from engine.ops import Ops
 from ttt_kernels import backends, sliding_window_attention
 from ttt_kernels.swa import operator, triton_configs
 
-triton = pytest.importorskip("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Triton 3.6 makes integers of arrays in a way that NumPy 2.4 refuses.
-_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-_NUMPY = tuple(map(int, numpy.__version__.split(".")[:2]))
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and _OLD and _NUMPY >= (2, 4),
-    reason="the interpreter of Triton 3.6 needs NumPy below 2.4",
-)
+pytestmark = needs_triton
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {
     "contiguous": lambda t: t,

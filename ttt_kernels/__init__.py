@@ -3,8 +3,7 @@
 from ttt_kernels.backends import backends, use_backend
 from ttt_kernels.clipped_sgd import ClippedSGD, clipped_sgd
 from ttt_kernels.linear_ce import linear_cross_entropy, linear_cross_entropy_jvp
-from ttt_kernels.rms_norm import rms_norm
-from ttt_kernels.rms_norm.jvp import rms_norm_jvp
+from ttt_kernels.rms_norm import rms_norm, rms_norm_jvp
 from ttt_kernels.rope import rope
 from ttt_kernels.swa import sliding_window_attention, sliding_window_attention_jvp
 from ttt_kernels.swiglu import swiglu, swiglu_jvp

@@ -33,7 +33,7 @@ class Case:
         kernel: the `triton.jit` function.
         arguments: each argument's Triton type ("*bf16", "i32", ...), a tuple of types, or a `Constant`.
         config: sizes of tiles (constants of the kernel), warps and stages.
-        narrow: whether its products are of 16-bit factors.
+        narrow: whether its matrix products are of 16-bit factors; None where it has no products.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Case:
     kernel: Any
     arguments: Mapping[str, Any]
     config: Config
-    narrow: bool
+    narrow: bool | None
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Report:
         tensor = [name for name in self.instructions if name != "FFMA"]
         return " ".join(tensor or self.instructions) or "none"
 
-    def problems(self, arch: int, narrow: bool) -> list[str]:
-        """What must not be on an architecture (80, 90, 100)."""
+    def problems(self, arch: int, narrow: bool | None) -> list[str]:
+        """What must not be on an architecture (80, 90, 100), `narrow` being the case's."""
         found = []
         if self.spilled:
             found.append(f"{self.spilled} bytes spilled")
@@ -76,7 +76,7 @@ class Report:
             found.append("a product does not use HGMMA")
         if narrow and set(self.instructions) <= {"FFMA"}:
             found.append("no tensor cores")
-        if not narrow and not set(self.instructions) <= {"FFMA"}:
+        if narrow is False and not set(self.instructions) <= {"FFMA"}:
             found.append("float32 products are not exact")
         return found
 

@@ -8,23 +8,22 @@ without Triton. No GPU is needed.
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing import get_context
 
 from ttt_kernels import aot
 from ttt_kernels.aot import Case, Report
 
-
-def _swa(arch: int) -> list[Case]:
-    from ttt_kernels.swa.triton_aot import cases
-
-    return cases(arch)
+OPERATORS = ("swa",)
+"""Operators with Triton kernels."""
 
 
-OPERATORS: dict[str, Callable[[int], list[Case]]] = {"swa": _swa}
-"""Operator -> its kernels for an architecture, each with its configurations."""
+def cases(operator: str, arch: int) -> list[Case]:
+    """An operator's kernels for an architecture, each with its configurations."""
+    return import_module(f"ttt_kernels.{operator}.triton_aot").cases(arch)
 
 
 Place = tuple[str, int, int]
@@ -33,7 +32,7 @@ Place = tuple[str, int, int]
 
 def _compile(place: Place) -> Report:
     operator, arch, index = place
-    return aot.compile_case(OPERATORS[operator](arch)[index], arch)
+    return aot.compile_case(cases(operator, arch)[index], arch)
 
 
 def reports(places: Sequence[Place]) -> Iterator[Report]:
@@ -47,9 +46,9 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m ttt_kernels.compile", description=__doc__)
     parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90", "sm_100"],
                         choices=["sm_80", "sm_90", "sm_100"], help="architectures")  # fmt: skip
-    parser.add_argument("--operator", nargs="+", default=list(OPERATORS), choices=list(OPERATORS))
+    parser.add_argument("--operator", nargs="+", default=OPERATORS, choices=OPERATORS)
     parser.add_argument("--kernel", default="", help="only kernels whose name has this in it")
-    parser.add_argument("--variant", default="", help="only variants (dtype, head_dim) that begin so")
+    parser.add_argument("--variant", default="", help="only variants (dtype and the like) that begin so")
     return parser.parse_args(given)
 
 
@@ -66,7 +65,7 @@ def main(given: Sequence[str] | None = None) -> int:
         (operator, arch, index): case
         for arch in (int(name.removeprefix("sm_")) for name in options.arch)
         for operator in options.operator
-        for index, case in enumerate(OPERATORS[operator](arch))
+        for index, case in enumerate(cases(operator, arch))
         if options.kernel in case.name and case.variant.startswith(options.variant)
     }
     failed = 0

@@ -41,12 +41,35 @@ def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     return torch.matmul(operand(a), operand(b.to(a.dtype))).to(out_dtype)
 
 
+def sum_of_products(*factors: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
+    """The sum of a @ b over pairs (a, b) of operands of one dtype, in that dtype; a pair without one is zero.
+
+    Operands are matrices or batches of them. None where no pair has both.
+    """
+    total: Tensor | None = None
+    for a, b in factors:
+        if a is None or b is None:
+            continue
+        if total is None:
+            total = torch.matmul(a, b)
+        elif total.dim() == 2:
+            total.addmm_(a, b)
+        else:
+            total.baddbmm_(a, b)
+    return total
+
+
 def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in place, total being at least as wide as the product; b's dtype as in `mm`."""
-    a, b = operand(a), operand(b.to(a.dtype))
-    if total.dtype != a.dtype:
-        total.add_(torch.matmul(a, b))
-    elif total.dim() == 2:
+    """total += a @ b in place for matrices that are operands, total being at least as wide as they are."""
+    if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
-        total.baddbmm_(a, b)
+        total.add_(torch.mm(a, b))
+
+
+def multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b for matrices that are operands; out may be float32 where they have 16 bits on a GPU."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)

@@ -1,111 +1,159 @@
-// RMSNorm: y = x * rstd * weight, rstd = (mean(x^2) + eps)^-1/2, one pass over memory per direction.
+// RMSNorm: y = x * rstd * weight + residual, rstd = (mean(x^2) + eps)^-1/2, one pass over memory per order.
 #include <cmath>
 
+#include "common/lanes.h"
 #include "common/parallel.h"
 #include "common/reduce.h"
-#include "common/vec.h"
 #include "cpu/kernels.h"
 
 namespace ttt::TTT_ISA {
 namespace {
 
-constexpr int64_t kRowsPerSum = 128;
+// Sums of sums: the error of one long sum would grow with the number of rows.
+constexpr int64_t kRowsPerSum = 32;
 
 template <class T, class C = compute_t<T>>
-C weighted_dot(const T* a, const T* b, const C* weight, int64_t n) {
-    constexpr int L = lanes<C>;
-    vec<C> s{};
-    int64_t i = 0;
-    for (; i + L <= n; i += L) s += load(a + i) * load(b + i) * load(weight + i);
-    C total = sum_lanes<C>(s);
-    for (; i < n; ++i) total += to_compute(a[i]) * to_compute(b[i]) * weight[i];
-    return total;
-}
-
-template <class T, class C = compute_t<T>>
-void forward(const T* x, int64_t x_stride, const C* weight, T* y, C* rstd, int64_t rows, int64_t n, C eps) {
-    constexpr int L = lanes<C>;
+void forward(const T* x, int64_t x_stride, const C* weight, const T* residual, int64_t residual_stride, T* y,
+             C* rstd, int64_t rows, int64_t n, C eps) {
     parallel_for(rows, 1 + 16384 / n, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             const T* xr = x + row * x_stride;
+            const T* zr = residual ? residual + row * residual_stride : nullptr;
             T* yr = y + row * n;
             const C r = C(1) / std::sqrt(sum_of_squares<T>(xr, n) / C(n) + eps);
             rstd[row] = r;
-            int64_t i = 0;
-            for (; i + L <= n; i += L) store(yr + i, load(xr + i) * r * load(weight + i));
-            for (; i < n; ++i) yr[i] = from_compute<T>(to_compute(xr[i]) * r * weight[i]);
+            for_each_vector<C>(0, n, [=](int64_t i, int64_t k) {
+                write(yr + i, read(xr + i, k) * r * read(weight + i, k) + read_or_zero(zr, i, k), k);
+            });
         }
+    });
+}
+
+// Calls f(row, sum) for every row, where f adds what the row gives to sum (n), and puts the sum of all into `total`;
+// without a total, sum is null.
+template <class C, class F>
+void over_rows(int64_t rows, int64_t n, C* total, C* partial, F&& f) {
+    const int64_t chunks = (rows + kRowsPerSum - 1) / kRowsPerSum;
+    parallel_for(chunks, 1 + 16384 / (n * kRowsPerSum), [&](int64_t begin, int64_t end) {
+        for (int64_t chunk = begin; chunk < end; ++chunk) {
+            C* sum = total ? partial + chunk * n : nullptr;
+            if (sum)
+                for (int64_t i = 0; i < n; ++i) sum[i] = C(0);
+            const int64_t last = (chunk + 1) * kRowsPerSum;
+            for (int64_t row = chunk * kRowsPerSum; row < (last < rows ? last : rows); ++row) f(row, sum);
+        }
+    });
+    if (!total) return;
+    constexpr int L = lanes<C>;
+    parallel_for((n + L - 1) / L, 1 + 4096 / chunks, [&](int64_t begin, int64_t end) {
+        for_each_vector<C>(begin * L, end * L < n ? end * L : n, [=](int64_t i, int64_t k) {
+            vec<C> sum{};
+            for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += read(partial + chunk * n + i, k);
+            write(total + i, sum, k);
+        });
     });
 }
 
 // dx = rstd * (w dy - xhat * mean(w dy * xhat)), dw = sum over rows of dy * xhat, with xhat = x * rstd.
 template <class T, class C = compute_t<T>>
 void backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, const C* weight, const C* rstd,
-              T* dx, C* dw, int64_t rows, int64_t n) {
-    constexpr int L = lanes<C>;
-    if (dx) {
-        parallel_for(rows, 1 + 16384 / n, [&](int64_t begin, int64_t end) {
-            for (int64_t row = begin; row < end; ++row) {
-                const T* xr = x + row * x_stride;
-                const T* dyr = dy + row * dy_stride;
-                T* dxr = dx + row * n;
-                const C r = rstd[row];
-                const C k = r * r * weighted_dot<T>(dyr, xr, weight, n) / C(n);
-                int64_t i = 0;
-                for (; i + L <= n; i += L)
-                    store(dxr + i, r * (load(weight + i) * load(dyr + i) - k * load(xr + i)));
-                for (; i < n; ++i)
-                    dxr[i] = from_compute<T>(r * (weight[i] * to_compute(dyr[i]) - k * to_compute(xr[i])));
-            }
+              T* dx, C* dw, C* partial, int64_t rows, int64_t n) {
+    over_rows<C>(rows, n, dw, partial, [=](int64_t row, C* sum) {
+        const T* xr = x + row * x_stride;
+        const T* dyr = dy + row * dy_stride;
+        const C r = rstd[row];
+        if (dx) {
+            vec<C> product{};
+            for_each_vector<C>(0, n, [&](int64_t i, int64_t k) {
+                product += read(weight + i, k) * read(dyr + i, k) * read(xr + i, k);
+            });
+            const C mean = r * r * sum_lanes<C>(product) / C(n);
+            T* dxr = dx + row * n;
+            for_each_vector<C>(0, n, [=](int64_t i, int64_t k) {
+                write(dxr + i, r * (read(weight + i, k) * read(dyr + i, k) - mean * read(xr + i, k)), k);
+            });
+        }
+        if (sum)
+            for_each_vector<C>(0, n, [=](int64_t i, int64_t k) {
+                write(sum + i, read(sum + i, k) + r * read(dyr + i, k) * read(xr + i, k), k);
+            });
+    });
+}
+
+// With m = mean(w dy xhat), p = mean(a xhat), e = r (a - xhat p), the cotangent of w dy, and q = mean(a w dy):
+// dy_bar = e w + b xhat + z, w_bar = sum over rows of e dy, and
+// x_bar = r (b dy - r (m a + p w dy)) - r xhat (mean(b dy xhat) + r (q - 3 m p)).
+template <class T, class C = compute_t<T>>
+void double_backward(const T* a, int64_t a_stride, const C* b, const T* z, int64_t z_stride, const T* dy,
+                     int64_t dy_stride, const T* x, int64_t x_stride, const C* weight, const C* rstd,
+                     T* dy_bar, T* x_bar, C* w_bar, C* partial, int64_t rows, int64_t n) {
+    over_rows<C>(rows, n, w_bar, partial, [=](int64_t row, C* sum) {
+        const T* xr = x + row * x_stride;
+        const T* dyr = dy + row * dy_stride;
+        const T* ar = a ? a + row * a_stride : nullptr;
+        const T* zr = z ? z + row * z_stride : nullptr;
+        T* to_dy = dy_bar ? dy_bar + row * n : nullptr;
+        T* to_x = x_bar ? x_bar + row * n : nullptr;
+        const C r = rstd[row];
+        vec<C> dh_h{}, a_h{}, a_dh{}, bdy_h{};
+        for_each_vector<C>(0, n, [&](int64_t i, int64_t k) {
+            const vec<C> d = read(dyr + i, k), dh = read(weight + i, k) * d, h = read(xr + i, k) * r;
+            const vec<C> of_a = read_or_zero(ar, i, k);
+            dh_h += dh * h;
+            a_h += of_a * h;
+            a_dh += of_a * dh;
+            bdy_h += read_or_zero(b, i, k) * d * h;
         });
-    }
-    if (dw) {
-        // Columns are shared out, so that the order of every sum is the same for any number of threads.
-        parallel_for((n + L - 1) / L, 1 + 4096 / rows, [&](int64_t begin, int64_t end) {
-            const int64_t first = begin * L, last = end * L < n ? end * L : n;
-            for (int64_t i = first; i < last; ++i) dw[i] = C(0);
-            // Sums of sums: the error of one long sum would grow with the number of rows.
-            for (int64_t top = 0; top < rows; top += kRowsPerSum) {
-                const int64_t bottom = top + kRowsPerSum < rows ? top + kRowsPerSum : rows;
-                int64_t i = first;
-                for (; i + L <= last; i += L) {
-                    vec<C> s{};
-                    for (int64_t row = top; row < bottom; ++row)
-                        s += rstd[row] * load(dy + row * dy_stride + i) * load(x + row * x_stride + i);
-                    store(dw + i, load(dw + i) + s);
-                }
-                for (; i < last; ++i) {
-                    C s(0);
-                    for (int64_t row = top; row < bottom; ++row)
-                        s += rstd[row] * to_compute(dy[row * dy_stride + i]) *
-                             to_compute(x[row * x_stride + i]);
-                    dw[i] += s;
-                }
-            }
+        const C m = sum_lanes<C>(dh_h) / C(n), p = sum_lanes<C>(a_h) / C(n);
+        const C of_h = sum_lanes<C>(bdy_h) / C(n) + r * (sum_lanes<C>(a_dh) / C(n) - C(3) * m * p);
+        for_each_vector<C>(0, n, [=](int64_t i, int64_t k) {
+            const vec<C> d = read(dyr + i, k), w = read(weight + i, k), h = read(xr + i, k) * r;
+            const vec<C> of_a = read_or_zero(ar, i, k), of_b = read_or_zero(b, i, k);
+            const vec<C> to_dh = r * (of_a - h * p);
+            if (to_dy) write(to_dy + i, to_dh * w + of_b * h + read_or_zero(zr, i, k), k);
+            if (to_x) write(to_x + i, r * (of_b * d - r * (m * of_a + p * w * d) - h * of_h), k);
+            if (sum) write(sum + i, read(sum + i, k) + to_dh * d, k);
         });
-    }
+    });
 }
 
 }  // namespace
 
-void rms_norm_forward(Dtype dtype, const void* x, int64_t x_stride, const void* weight, void* y, void* rstd,
-                      int64_t rows, int64_t n, double eps) {
+void rms_norm_forward(Dtype dtype, const void* x, int64_t x_stride, const void* weight, const void* residual,
+                      int64_t residual_stride, void* y, void* rstd, int64_t rows, int64_t n, double eps) {
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         using C = compute_t<T>;
-        forward<T>(static_cast<const T*>(x), x_stride, static_cast<const C*>(weight), static_cast<T*>(y),
+        forward<T>(static_cast<const T*>(x), x_stride, static_cast<const C*>(weight),
+                   static_cast<const T*>(residual), residual_stride, static_cast<T*>(y),
                    static_cast<C*>(rstd), rows, n, static_cast<C>(eps));
     });
 }
 
 void rms_norm_backward(Dtype dtype, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
-                       const void* weight, const void* rstd, void* dx, void* dw, int64_t rows, int64_t n) {
+                       const void* weight, const void* rstd, void* dx, void* dw, void* partial, int64_t rows,
+                       int64_t n) {
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         using C = compute_t<T>;
         backward<T>(static_cast<const T*>(dy), dy_stride, static_cast<const T*>(x), x_stride,
                     static_cast<const C*>(weight), static_cast<const C*>(rstd), static_cast<T*>(dx),
-                    static_cast<C*>(dw), rows, n);
+                    static_cast<C*>(dw), static_cast<C*>(partial), rows, n);
+    });
+}
+
+void rms_norm_double_backward(Dtype dtype, const void* a, int64_t a_stride, const void* b, const void* z,
+                              int64_t z_stride, const void* dy, int64_t dy_stride, const void* x,
+                              int64_t x_stride, const void* weight, const void* rstd, void* dy_bar,
+                              void* x_bar, void* w_bar, void* partial, int64_t rows, int64_t n) {
+    dispatch(dtype, [&](auto element) {
+        using T = decltype(element);
+        using C = compute_t<T>;
+        double_backward<T>(static_cast<const T*>(a), a_stride, static_cast<const C*>(b),
+                           static_cast<const T*>(z), z_stride, static_cast<const T*>(dy), dy_stride,
+                           static_cast<const T*>(x), x_stride, static_cast<const C*>(weight),
+                           static_cast<const C*>(rstd), static_cast<T*>(dy_bar), static_cast<T*>(x_bar),
+                           static_cast<C*>(w_bar), static_cast<C*>(partial), rows, n);
     });
 }
 

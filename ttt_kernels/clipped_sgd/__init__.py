@@ -53,7 +53,7 @@ operator = Operator(
             "backward": reference.backward,
             "double_backward": reference.double_backward,
         },
-        "cpu": {"forward": cpu.forward, "backward": cpu.backward},
+        "cpu": {"forward": cpu.forward, "backward": cpu.backward, "double_backward": cpu.double_backward},
     },
     refusals={"cpu": refuse_on_cpu},
 )

@@ -65,4 +65,4 @@ def _swiglu(x: Tensor, gate: Tensor | None, up: Tensor | None, down: Tensor | No
 
 def _norm(x: Tensor, weight: Tensor | None, stack: Stack) -> Tensor:
     assert weight is not None
-    return rms_norm.forward(x, weight, stack.eps)[0]
+    return rms_norm.forward(x, weight, None, stack.eps)[0]

@@ -6,24 +6,29 @@ import torch
 from torch import Tensor
 
 from ttt_kernels import checks, tangents
-from ttt_kernels.backends import in_transform, refuse_on_cpu, select
-from ttt_kernels.linear_ce import cpu, jvp, reference, targets
+from ttt_kernels.backends import in_transform, refuse_on_cpu
+from ttt_kernels.extension import compute_dtype
+from ttt_kernels.jvp import twin
+from ttt_kernels.linear_ce import cpu, reference, targets
 from ttt_kernels.registry import Operator
 
 Reduction = Literal["none", "sum", "mean"]
 
 
-def _fake(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    dtype = reference.compute_dtype(x)
-    return x.new_empty(target.shape, dtype=dtype), x.new_empty(target.shape, dtype=dtype)
+def _fake(
+    x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, keep_slope: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(x.dtype)
+    nll, lse = (x.new_empty(target.shape, dtype=dtype) for _ in range(2))
+    return nll, lse, x.new_empty(x.shape if keep_slope else 0, dtype=dtype)
 
 
 operator = Operator(
     name="linear_ce",
     inputs={"x": "Tensor", "weight": "Tensor", "target": "Tensor"},
-    params={"ignore_index": "int"},
+    params={"ignore_index": "int", "keep_slope": "bool"},
     outputs={"nll": "Tensor"},
-    saved={"lse": "Tensor"},
+    saved={"lse": "Tensor", "slope": "Tensor"},
     differentiable=("x", "weight"),
     fake=_fake,
     kernels={
@@ -32,10 +37,17 @@ operator = Operator(
             "backward": reference.backward,
             "double_backward": reference.double_backward,
         },
-        "cpu": {"forward": cpu.forward, "backward": cpu.backward},
+        "cpu": {"forward": cpu.forward, "backward": cpu.backward, "double_backward": cpu.double_backward},
     },
     refusals={"cpu": refuse_on_cpu},
 )
+"""The loss of every row as a registered operator, x (N, d) and target (N,).
+
+Where `keep_slope`, `slope` is the gradient of every row's loss with respect to its row of x; otherwise it has no
+elements, and `backward` cannot give x's gradient nor `double_backward` take its cotangent. It comes with one product
+more of the pass over the vocabulary that the losses need, and spares the gradient two.
+"""
+jvp_operator = twin(operator, keep_slope=True)
 
 
 def linear_cross_entropy(
@@ -70,9 +82,11 @@ def linear_cross_entropy(
     _check("linear_cross_entropy", x, weight, target, reduction)
     rows, labels = x.reshape(target.numel(), x.shape[-1]), target.reshape(-1).long()
     chosen = operator.select(backend, rows, weight, labels)
-    if chosen == "reference":
+    if chosen != "cpu":
         _check_targets(labels, weight, ignore_index)
-    nll = operator.forward(rows, weight, labels, ignore_index, backend=chosen)[0]
+    # The reference differentiates its formulas, not what it saves.
+    keep_slope = chosen != "reference" and torch.is_grad_enabled() and rows.requires_grad
+    nll = operator.forward(rows, weight, labels, ignore_index, keep_slope, backend=chosen)[0]
     return _reduced(nll, target, ignore_index, reduction)
 
 
@@ -95,19 +109,21 @@ def linear_cross_entropy_jvp(
         backend: None for the best that can run, or a backend's name.
 
     Returns:
-        (loss, tangent of the loss), differentiable in reverse any number of times.
+        (loss, tangent of the loss). Differentiable once in reverse with respect to all four tensors (any number
+        of times on the reference backend).
 
     Raises:
         ValueError: as `linear_cross_entropy`, or a tangent is not like its argument.
     """
     _check("linear_cross_entropy_jvp", x, weight, target, reduction)
     tangents.check("linear_cross_entropy_jvp", x=(x, x_dot), weight=(weight, weight_dot))
-    present = tuple(t for t in (x, weight, target, x_dot, weight_dot) if t is not None)
-    select("linear_cross_entropy_jvp", backend, present, {})
     rows, labels = x.reshape(target.numel(), x.shape[-1]), target.reshape(-1).long()
-    _check_targets(labels, weight, ignore_index)
     t_rows = None if x_dot is None else x_dot.reshape(rows.shape)
-    nll, tangent = jvp.forward(rows, weight, labels, t_rows, weight_dot, ignore_index)
+    tensors = (rows, weight, labels, t_rows, weight_dot)
+    chosen = jvp_operator.select(backend, *tensors)
+    if chosen != "cpu":
+        _check_targets(labels, weight, ignore_index)
+    nll, tangent, *_ = jvp_operator.forward(*tensors, ignore_index, backend=chosen)
     return (
         _reduced(nll, target, ignore_index, reduction),
         _reduced(tangent, target, ignore_index, reduction),
@@ -147,19 +163,3 @@ def _check(operator: str, x: Tensor, weight: Tensor, target: Tensor, reduction: 
         )
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"{operator}: reduction is {reduction!r}; accepted are 'none', 'sum' and 'mean'")
-
-
-def nll_and_input_gradient(
-    x: Tensor, weight: Tensor, target: Tensor, d_nll: Tensor, ignore_index: int, *, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (N,), their log-sum-exps (N,), and the gradient of x (N, d), in one pass over the vocabulary.
-
-    For an inner step, which needs all of them: logits are computed once instead of twice. Builds no graph.
-
-    Args:
-        x: (N, d). weight: (V, d). target: (N,) int64. d_nll: (N,), cotangent of the losses.
-        ignore_index: as in `linear_cross_entropy`.
-        backend: "reference", or one that has kernels for this operator.
-    """
-    kernels = {"cpu": cpu, "reference": reference}[backend]
-    return kernels.nll_and_input_gradient(x, weight, target, d_nll, ignore_index)

@@ -27,16 +27,35 @@ def own_column(values: Tensor, own: Tensor) -> Tensor:
     return torch.where(inside, found, torch.zeros_like(found))
 
 
-def forward(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Returns nll and lse, (N,) in float32 or float64; x (N, d), weight (V, d), target (N,)."""
+def _one_hot(own: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    return (own[:, None] == torch.arange(classes, device=own.device)).to(dtype)
+
+
+def forward(
+    x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, keep_slope: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns nll and lse, (N,) in float32 or float64, for x (N, d), weight (V, d) and target (N,).
+
+    And where it is to be kept the slope, (N, d) in the same type: the gradient of a row's nll in that row of x,
+    P W - W_t; else a tensor without elements.
+    """
     lse, picked = [], []
-    for block in blocks(x.shape[0], weight.shape[0]):
+    for block in blocks(x.shape[0], weight.shape[0], x.device):
         logits = mm(x, weight[block].mT, compute_dtype(x))
         lse.append(torch.logsumexp(logits, 1))
         picked.append(own_column(logits, target - block.start))
     whole = torch.logsumexp(torch.stack(lse), 0)
-    nll = whole - torch.stack(picked).sum(0)
-    return targets.losses(nll, target, weight.shape[0], ignore_index), whole
+    nll = targets.losses(whole - torch.stack(picked).sum(0), target, weight.shape[0], ignore_index)
+    if not keep_slope:
+        return nll, whole, whole.new_empty(0)
+    slope = x.new_zeros(x.shape, dtype=whole.dtype)
+    counts = (target != ignore_index)[:, None]
+    for block in blocks(x.shape[0], weight.shape[0], x.device):
+        w = weight[block]
+        p = torch.exp(mm(x, w.mT, whole.dtype) - whole[:, None])
+        off = counts * (p - _one_hot(target - block.start, w.shape[0], p.dtype))
+        slope = slope + mm(off.to(x.dtype), w, whole.dtype)
+    return nll, whole, slope
 
 
 def logits_tangent(
@@ -50,23 +69,21 @@ def logits_tangent(
     return x.new_zeros(x.shape[0], block.stop - block.start, dtype=dtype) if along is None else along
 
 
-def _one_hot(own: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    return (own[:, None] == torch.arange(classes, device=own.device)).to(dtype)
-
-
 def backward(
     d_nll: Tensor,
     x: Tensor,
     weight: Tensor,
     target: Tensor,
     lse: Tensor,
+    slope: Tensor,
     ignore_index: int,
+    keep_slope: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """dl = d_nll (P - Y), dx = dl W, dW = dl^T x."""
     d = torch.where(target == ignore_index, torch.zeros_like(d_nll), d_nll)[:, None]
     dx, dw = None, []
-    for block in blocks(x.shape[0], weight.shape[0]):
+    for block in blocks(x.shape[0], weight.shape[0], x.device):
         w = weight[block]
         p = torch.exp(mm(x, w.mT, lse.dtype) - lse[:, None])
         d_logits = (d * (p - _one_hot(target - block.start, w.shape[0], p.dtype))).to(x.dtype)
@@ -85,7 +102,9 @@ def double_backward(
     weight: Tensor,
     target: Tensor,
     lse: Tensor,
+    slope: Tensor,
     ignore_index: int,
+    keep_slope: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Cotangents of d_nll, x and W, given those of dx (a) and dW (b).
@@ -102,14 +121,14 @@ def double_backward(
         return p, logits_tangent(x, weight, g_x, g_weight, block, lse.dtype)
 
     mean, picked = torch.zeros_like(lse), torch.zeros_like(lse)
-    for block in blocks(x.shape[0], weight.shape[0]):
+    for block in blocks(x.shape[0], weight.shape[0], x.device):
         p, along = probabilities_and_tangent(block)
         mean = mean + (p * along).sum(1)
         picked = picked + own_column(along, target - block.start)
     to_d_nll = torch.where(ignored, torch.zeros_like(mean), mean - picked)
 
     to_x, to_weight = None, []
-    for block in blocks(x.shape[0], weight.shape[0]) if any(needs[1:]) else ():
+    for block in blocks(x.shape[0], weight.shape[0], x.device) if any(needs[1:]) else ():
         p, along = probabilities_and_tangent(block)
         w, g_w = weight[block], None if g_weight is None else g_weight[block]
         q = (d * p * (along - mean[:, None])).to(x.dtype)
@@ -123,13 +142,3 @@ def double_backward(
         None if to_x is None else to_x.to(x.dtype),
         torch.cat(to_weight) if needs[2] else None,
     )
-
-
-def nll_and_input_gradient(
-    x: Tensor, weight: Tensor, target: Tensor, d_nll: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """nll, lse and dx, the gradient of <nll, d_nll>; for callers who know d_nll (N,) beforehand."""
-    nll, lse = forward(x, weight, target, ignore_index)
-    dx, _ = backward(d_nll, x, weight, target, lse, ignore_index, (True, False))
-    assert dx is not None
-    return nll, lse, dx

@@ -6,6 +6,9 @@ from torch import Tensor
 
 from ttt_kernels.extension import compute_dtype, dtype_code, kernels
 
+_ROWS_PER_SUM = 32
+"""As in csrc/cpu/rms_norm.cpp."""
+
 
 def _rows(t: Tensor) -> Tensor:
     """(rows, n) with unit stride in n; copies only where the layout has no single row stride."""
@@ -13,34 +16,90 @@ def _rows(t: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _rows_or_none(t: Tensor | None) -> Tensor | None:
+    return None if t is None else _rows(t)
+
+
+def _located(rows: Tensor | None) -> tuple[int, int]:
+    """Address and stride of rows that may be missing."""
+    return (0, 0) if rows is None else (rows.data_ptr(), rows.stride(0))
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _wide(weight: Tensor, x: Tensor) -> Tensor:
+    return weight.to(compute_dtype(x.dtype)).contiguous()
+
+
+def _sums(weight: Tensor, rows: Tensor, need: bool) -> tuple[Tensor | None, Tensor | None]:
+    """What a sum over rows is written to, and memory for its parts."""
+    if not need:
+        return None, None
+    return weight.new_zeros(weight.shape), weight.new_empty(-(-rows.shape[0] // _ROWS_PER_SUM), len(weight))
+
+
+def forward(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """As `reference.forward`."""
-    rows = _rows(x)
-    wide = weight.to(compute_dtype(x.dtype)).contiguous()
-    y = x.new_empty(x.shape)
-    rstd = wide.new_empty(x.shape[:-1])
+    rows, added, wide = _rows(x), _rows_or_none(residual), _wide(weight, x)
+    y, rstd = x.new_empty(x.shape), wide.new_empty(x.shape[:-1])
     if rows.numel():
         kernels().rms_norm_forward(
-            dtype_code(x.dtype), rows.data_ptr(), rows.stride(0), wide.data_ptr(), y.data_ptr(),
-            rstd.data_ptr(), rows.shape[0], rows.shape[1], eps,
+            dtype_code(x.dtype), *_located(rows), wide.data_ptr(), *_located(added), y.data_ptr(), rstd.data_ptr(),
+            *rows.shape, eps,
         )  # fmt: skip
     return y, rstd
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float, needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None]:
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    rstd: Tensor,
+    eps: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As `reference.backward`."""
-    rows, d_rows = _rows(x), _rows(dy)
-    wide = weight.to(compute_dtype(x.dtype)).contiguous()
+    rows, d_rows, wide = _rows(x), _rows(dy), _wide(weight, x)
     # Bound to a name: a temporary would be freed before the kernel reads it.
     rstd = rstd.contiguous()
     dx = x.new_empty(x.shape) if needs[0] else None
-    dw = wide.new_zeros(weight.shape) if needs[1] else None
-    if rows.numel():
+    dw, partial = _sums(wide, rows, needs[1])
+    if rows.numel() and any(needs[:2]):
         kernels().rms_norm_backward(
-            dtype_code(x.dtype), d_rows.data_ptr(), d_rows.stride(0), rows.data_ptr(), rows.stride(0),
-            wide.data_ptr(), rstd.data_ptr(), dx.data_ptr() if dx is not None else 0,
-            dw.data_ptr() if dw is not None else 0, rows.shape[0], rows.shape[1],
+            dtype_code(x.dtype), *_located(d_rows), *_located(rows), wide.data_ptr(), rstd.data_ptr(),
+            _address(dx), _address(dw), _address(partial), *rows.shape,
         )  # fmt: skip
-    return dx, dw.to(weight.dtype) if dw is not None else None
+    d_residual = x.new_empty(x.shape).copy_(dy) if needs[2] else None
+    return dx, None if dw is None else dw.to(weight.dtype), d_residual
+
+
+def double_backward(
+    g_x: Tensor | None,
+    g_weight: Tensor | None,
+    g_residual: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    rstd: Tensor,
+    eps: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """As `reference.double_backward`."""
+    rows, d_rows, wide = _rows(x), _rows(dy), _wide(weight, x)
+    a, z = _rows_or_none(g_x), _rows_or_none(g_residual)
+    b = None if g_weight is None else _wide(g_weight, x)
+    rstd = rstd.contiguous()
+    dy_bar, x_bar = (x.new_empty(x.shape) if need else None for need in needs[:2])
+    w_bar, partial = _sums(wide, rows, needs[2])
+    if rows.numel() and any(needs[:3]):
+        kernels().rms_norm_double_backward(
+            dtype_code(x.dtype), *_located(a), _address(b), *_located(z), *_located(d_rows), *_located(rows),
+            wide.data_ptr(), rstd.data_ptr(), _address(dy_bar), _address(x_bar), _address(w_bar), _address(partial),
+            *rows.shape,
+        )  # fmt: skip
+    to_weight = None if w_bar is None else w_bar.to(weight.dtype)
+    return dy_bar, x_bar, to_weight, x.new_zeros(x.shape) if needs[3] else None

@@ -1,6 +1,7 @@
 """RMSNorm, its gradient and its gradient's gradient, as formulas.
 
-Forward, over the last dimension of n elements: r = (mean(x^2) + eps)^-1/2, h = x r, y = h w.
+Forward, over the last dimension of n elements: r = (mean(x^2) + eps)^-1/2, h = x r, y = h w + z, where z is the
+residual (0 where there is none).
 """
 
 from collections.abc import Sequence
@@ -17,17 +18,24 @@ def _over_rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1]).sum(0)
 
 
-def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """Returns y (x's shape and dtype) and r (x.shape[:-1], float32 or float64)."""
     wide = _wide(x)
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
-    return (wide * rstd[..., None] * _wide(weight)).to(x.dtype), rstd
+    y = wide * rstd[..., None] * _wide(weight)
+    return (y if residual is None else y + _wide(residual)).to(x.dtype), rstd
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float, needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """dx = r (w dy - h mean(w dy h)), dw = sum over rows of dy h."""
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    rstd: Tensor,
+    eps: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx = r (w dy - h mean(w dy h)), dw = sum over rows of dy h, dz = dy."""
     dy_, h = _wide(dy), _wide(x) * rstd[..., None]
     dh = dy_ * _wide(weight)
     dx = rstd[..., None] * (dh - h * (dh * h).mean(-1, keepdim=True)) if needs[0] else None
@@ -35,20 +43,23 @@ def backward(
     return (
         dx.to(x.dtype) if dx is not None else None,
         dw.to(weight.dtype) if dw is not None else None,
+        dy.clone(memory_format=torch.contiguous_format) if needs[2] else None,
     )
 
 
 def double_backward(
     g_x: Tensor | None,
     g_weight: Tensor | None,
+    g_residual: Tensor | None,
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
+    residual: Tensor | None,
     rstd: Tensor,
     eps: float,
     needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Cotangents of dy, x and w, given those of dx (a) and dw (b).
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Cotangents of dy, x, w and z (zero), given those of dx (a), dw (b) and dz (added to dy's).
 
     With m = mean(w dy h) and the scalar <dx, a> + <dw, b>: h's cotangent c collects the three places where h
     stands, and x's is then the norm's own backward of c plus the part through r outside the bracket.
@@ -61,7 +72,10 @@ def double_backward(
     m = (dh * h).mean(-1, keepdim=True)
     ah = (a * h).mean(-1, keepdim=True)
     to_dh = r * (a - h * ah)
-    d_dy = to_dh * w + b * h if needs[0] else None
+    d_dy = None
+    if needs[0]:
+        d_dy = to_dh * w + b * h
+        d_dy = d_dy if g_residual is None else d_dy + _wide(g_residual)
     d_w = _over_rows(to_dh * dy_) if needs[2] else None
     d_x = None
     if needs[1]:
@@ -73,4 +87,5 @@ def double_backward(
         d_dy.to(dy.dtype) if d_dy is not None else None,
         d_x.to(x.dtype) if d_x is not None else None,
         d_w.to(weight.dtype) if d_w is not None else None,
+        torch.zeros_like(dy, memory_format=torch.contiguous_format) if needs[3] else None,
     )

@@ -66,7 +66,7 @@ def norm_rope_(
         )
     chosen = select(name, backend, (x, weight, positions, out), {"cpu": refuse_on_cpu})
     if chosen == "reference":
-        y, rstd = rms_norm_reference.forward(x, weight, eps)
+        y, rstd = rms_norm_reference.forward(x, weight, None, eps)
         out.copy_(reference.forward(y, positions, theta, interleaved)[0])
         return rstd
     return _cpu(x, weight, positions, eps, theta, interleaved, out)

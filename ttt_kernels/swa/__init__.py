@@ -5,8 +5,9 @@ from torch import Tensor
 from ttt_kernels import tangents
 from ttt_kernels.backends import refuse_on_cpu
 from ttt_kernels.extension import compute_dtype
+from ttt_kernels.jvp import twin
 from ttt_kernels.registry import Operator
-from ttt_kernels.swa import check, cpu, jvp, reference, triton
+from ttt_kernels.swa import check, cpu, reference, triton
 from ttt_kernels.swa.rest import empty_rest, recorded
 
 
@@ -76,6 +77,7 @@ a backward are exact too.
 Where `keep_rest`, `o_rest` is what 16-bit `o` lost to rounding, rounded itself; otherwise it has no elements. A row's
 sum of dO * O stands against sums of exact products dO V^T, and where values have something in common the difference
 is smaller than what `o` lost."""
+jvp_operator = twin(operator, key_start=0, keep_rest=True)
 
 
 def sliding_window_attention(
@@ -156,7 +158,7 @@ def sliding_window_attention_jvp(
     check.arguments(name, q, k, v, window, scale, key_lengths, cu_seqlens)
     tangents.check(name, q=(q, q_dot), k=(k, k_dot), v=(v, v_dot))
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    tensors = (q, k, v, q_dot, k_dot, v_dot, key_lengths, cu_seqlens)
-    chosen = jvp.operator.select(backend, *tensors)
-    o, tangent, *_ = jvp.operator.forward(*tensors, window, scale, backend=chosen)
+    tensors = (q, k, v, key_lengths, cu_seqlens, q_dot, k_dot, v_dot)
+    chosen = jvp_operator.select(backend, *tensors)
+    o, tangent, *_ = jvp_operator.forward(*tensors, window, scale, backend=chosen)
     return o, tangent

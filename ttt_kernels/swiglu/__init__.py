@@ -3,9 +3,10 @@
 from torch import Tensor
 
 from ttt_kernels import checks, tangents
-from ttt_kernels.backends import refuse_on_cpu, select
+from ttt_kernels.backends import refuse_on_cpu
+from ttt_kernels.jvp import twin
 from ttt_kernels.registry import Operator
-from ttt_kernels.swiglu import cpu, jvp, reference
+from ttt_kernels.swiglu import cpu, reference
 
 
 def _fake(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,10 +28,11 @@ operator = Operator(
             "backward": reference.backward,
             "double_backward": reference.double_backward,
         },
-        "cpu": {"forward": cpu.forward, "backward": cpu.backward},
+        "cpu": {"forward": cpu.forward, "backward": cpu.backward, "double_backward": cpu.double_backward},
     },
     refusals={"cpu": refuse_on_cpu},
 )
+jvp_operator = twin(operator)
 
 
 def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, backend: str | None = None) -> Tensor:
@@ -78,7 +80,8 @@ def swiglu_jvp(
         backend: None for the best that can run, or a backend's name.
 
     Returns:
-        (y, tangent of y), both of x's shape and dtype, differentiable in reverse any number of times.
+        (y, tangent of y), both of x's shape and dtype. Differentiable once in reverse with respect to all eight
+        tensors (any number of times on the reference backend).
 
     Raises:
         ValueError: as `swiglu`, or a tangent is not like its argument.
@@ -92,8 +95,8 @@ def swiglu_jvp(
         w_down=(w_down, w_down_dot),
     )
     arguments = (x, w_gate, w_up, w_down, x_dot, w_gate_dot, w_up_dot, w_down_dot)
-    select("swiglu_jvp", backend, tuple(t for t in arguments if t is not None), {})
-    return jvp.forward(*arguments)
+    y, tangent, *_ = jvp_operator.forward(*arguments, backend=jvp_operator.select(backend, *arguments))
+    return y, tangent
 
 
 def _check(operator: str, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> None:

@@ -1,0 +1,36 @@
+// Loops over contiguous elements by whole vectors and a last one that is not full.
+#pragma once
+
+#include "common/vec.h"
+
+namespace ttt::TTT_ISA {
+
+// Calls f(i, n) for the n elements from i on: a whole vector of them, or what is left.
+template <class C, class F>
+inline void for_each_vector(int64_t begin, int64_t end, F&& f) {
+    constexpr int L = lanes<C>;
+    int64_t i = begin;
+    for (; i + L <= end; i += L) f(i, int64_t{L});
+    if (i < end) f(i, end - i);
+}
+
+// n elements as a vector, with zeros behind them.
+template <class T>
+inline vec<compute_t<T>> read(const T* p, int64_t n) {
+    return n == lanes<compute_t<T>> ? load(p) : load_first(p, n);
+}
+// As `read`, or zeros without an address.
+template <class T>
+inline vec<compute_t<T>> read_or_zero(const T* p, int64_t i, int64_t n) {
+    return p ? read(p + i, n) : vec<compute_t<T>>{};
+}
+
+template <class T>
+inline void write(T* p, vec<compute_t<T>> v, int64_t n) {
+    if (n == lanes<compute_t<T>>)
+        store(p, v);
+    else
+        store_first(p, v, n);
+}
+
+}  // namespace ttt::TTT_ISA

@@ -1,0 +1,252 @@
+"""Cross-entropy of a linear layer on kernels: its products, one block of the vocabulary after the other.
+
+Products are torch's BLAS; what is done to the logits of a block is a backend's passes. Letters are those of
+`reference`, and g is the slope, the gradient of a loss with respect to its row of x.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ttt_kernels.extension import compute_dtype
+from ttt_kernels.linear_ce import targets
+from ttt_kernels.linear_ce.blocks import block_size, blocks
+from ttt_kernels.matmul import accumulate, multiply_into, operand
+
+Optional = Tensor | None
+
+
+class Block:
+    """One block of the vocabulary.
+
+    Attributes:
+        part: its classes.
+        weight: (cols, d) the block's weights as products read them.
+        logits: (N, cols) contiguous.
+        factor: (N, cols) contiguous, in the products' type: where passes put what is multiplied next. It may be
+            the same memory as `logits`. Both are overwritten by the next block.
+    """
+
+    def __init__(self, part: slice, weight: Tensor, logits: Tensor, factor: Tensor) -> None:
+        self.part, self.weight, self.logits, self.factor = part, weight, logits, factor
+
+
+class Passes(Protocol):
+    """What a backend does to the logits of a block. `own` (N,) is a row's target, or -1."""
+
+    def online(
+        self,
+        block: Block,
+        own: Tensor,
+        maximum: Tensor,
+        sums: Tensor,
+        others: Tensor,
+        picked: Tensor,
+        acc: Optional,
+    ) -> None:
+        """Updates each row's maximum, its sum of e^(l - maximum), that sum without the target, and l_t.
+
+        With acc (N, d), which is scaled as the maximum grows, the block's factor becomes e^(l - maximum), and 0
+        at the target.
+        """
+        ...
+
+    def d_logits(self, block: Block, own: Tensor, lse: Tensor, d: Tensor) -> None:
+        """The block's factor becomes dl = d (P - Y)."""
+        ...
+
+    def mean(
+        self, block: Block, along: Tensor, own: Tensor, lse: Tensor, mean: Tensor, picked: Tensor
+    ) -> None:
+        """Adds to mean the sum of P l^, and to picked l^_t, `along` (N, cols) being l^."""
+        ...
+
+    def second(self, block: Block, along: Block, own: Tensor, lse: Tensor, mean: Tensor, d: Tensor) -> None:
+        """The block's factor becomes dl, and that of along, whose logits are l^, becomes q = d P (l^ - mean)."""
+        ...
+
+
+class _Memory:
+    """Memory for blocks, reused by all of a sweep."""
+
+    def __init__(self, x: Tensor, weight: Tensor) -> None:
+        self.x, self.weight = operand(x), weight
+        self.dtype = x.dtype
+        size = block_size(x.shape[0], weight.shape[0], x.device)
+        # On a GPU products of 16-bit factors have float32 results; on a processor they have the factors' type.
+        wide = compute_dtype(x.dtype) if x.is_cuda else self.x.dtype
+        self.logits = x.new_empty(x.shape[0] * size, dtype=wide)
+        same = wide == self.x.dtype
+        self.factors = self.logits if same else x.new_empty(self.logits.shape, dtype=self.x.dtype)
+        as_is = weight.dtype == x.dtype == self.x.dtype
+        self.converted = None if as_is else self.x.new_empty(size, x.shape[1])
+
+    def weights(self, weight: Tensor, part: slice) -> Tensor:
+        """A block of weights, or of what has their shape, as products read it."""
+        if self.converted is None:
+            return weight[part]
+        return self.converted[: part.stop - part.start].copy_(weight[part].to(self.dtype))
+
+    def block(self, part: slice, weight: Tensor) -> Block:
+        """A block whose logits are yet to be computed."""
+        shape = (self.x.shape[0], part.stop - part.start)
+        count = shape[0] * shape[1]
+        return Block(part, weight, self.logits[:count].view(shape), self.factors[:count].view(shape))
+
+
+def _logits(memory: _Memory) -> Iterator[Block]:
+    """Every block with its logits."""
+    for part in blocks(*memory.x.shape[:1], memory.weight.shape[0], memory.x.device):
+        block = memory.block(part, memory.weights(memory.weight, part))
+        multiply_into(block.logits, memory.x, block.weight.t())
+        yield block
+
+
+def _tangents(memory: _Memory, like: Block, a: Optional, of_b: Optional) -> Block:
+    """The block of l^ = a W^T + x b^T, given the block of the logits and b's."""
+    along = memory.block(like.part, like.weight)
+    if of_b is None:
+        assert a is not None
+        multiply_into(along.logits, a, like.weight.t())
+        return along
+    multiply_into(along.logits, memory.x, of_b.t())
+    if a is not None:
+        accumulate(along.logits, a, like.weight.t())
+    return along
+
+
+def _own(target: Tensor, classes: int) -> Tensor:
+    """The targets, and -1 for what is no class."""
+    return torch.where((target < 0) | (target >= classes), -1, target)
+
+
+def _own_rows(weight: Tensor, own: Tensor, x: Tensor) -> Tensor:
+    """(N, d) the targets' weights, rounded as products read them, in the type computed in."""
+    return weight[own.clamp(min=0)].to(x.dtype).to(compute_dtype(x.dtype))
+
+
+def forward(
+    passes: Passes, x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, keep_slope: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.forward`, in one sweep over the vocabulary: with the slope, two products per block.
+
+    Until a row's last block its probabilities are known up to a factor, so acc, the sum of e^(l - maximum) W over the
+    classes but the target, is kept for the largest logit so far; and g = (acc - W_t sum of e^(l - maximum)) / Z.
+    """
+    if not x.is_cuda:
+        # On a GPU it would wait for the result.
+        targets.check(target, weight.shape[0], ignore_index)
+    wide = compute_dtype(x.dtype)
+    own = _own(target, weight.shape[0])
+    maximum = x.new_full(target.shape, -torch.inf, dtype=wide)
+    sums, others, picked = (torch.zeros_like(maximum) for _ in range(3))
+    acc = x.new_zeros(x.shape, dtype=wide) if keep_slope else None
+    for block in _logits(_Memory(x, weight)):
+        passes.online(block, own, maximum, sums, others, picked, acc)
+        if acc is not None:
+            accumulate(acc, block.factor, block.weight)
+    log = sums.log()
+    # Two small terms: lse - picked would round at the size of the logits.
+    nll = targets.losses(maximum - picked + log, target, weight.shape[0], ignore_index)
+    if acc is None:
+        return nll, maximum + log, x.new_empty(0, dtype=wide)
+    slope = acc.sub_(_own_rows(weight, own, x).mul_(others[:, None])).div_(sums[:, None])
+    return nll, maximum + log, slope.masked_fill_((target == ignore_index)[:, None], 0)
+
+
+def backward(
+    passes: Passes,
+    d_nll: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    slope: Tensor,
+    ignore_index: int,
+    keep_slope: bool,
+    needs: Sequence[bool],
+) -> tuple[Optional, Optional]:
+    """As `reference.backward`; dx costs no product, and for dW the logits are computed once more."""
+    d = d_nll.masked_fill(target == ignore_index, 0).contiguous()
+    dx = (d[:, None] * slope).to(x.dtype) if needs[0] else None
+    if not needs[1]:
+        return dx, None
+    own, lse = _own(target, weight.shape[0]), lse.contiguous()
+    memory, dw = _Memory(x, weight), weight.new_empty(weight.shape)
+    for block in _logits(memory):
+        passes.d_logits(block, own, lse, d)
+        _product_rows(dw, block.part, (block.factor, memory.x))
+    return dx, dw
+
+
+def double_backward(
+    passes: Passes,
+    g_x: Optional,
+    g_weight: Optional,
+    d_nll: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    slope: Tensor,
+    ignore_index: int,
+    keep_slope: bool,
+    needs: Sequence[bool],
+) -> tuple[Optional, Optional, Optional]:
+    """As `reference.double_backward`.
+
+    What a adds to r - l^_t is a . g, without a product; with b a first sweep has two, x W^T and x b^T.
+    """
+    likes = zip((d_nll, x, weight), needs, strict=True)
+    if g_x is None and g_weight is None:
+        to_d_nll, to_x, to_weight = (t.new_zeros(t.shape) if need else None for t, need in likes)
+        return to_d_nll, to_x, to_weight
+    wide, ignored = compute_dtype(x.dtype), target == ignore_index
+    own, lse = _own(target, weight.shape[0]), lse.contiguous()
+    d = d_nll.masked_fill(ignored, 0).contiguous()
+    memory = _Memory(x, weight)
+    a = None if g_x is None else operand(g_x)
+    mean, picked = x.new_zeros(target.shape, dtype=wide), x.new_zeros(target.shape, dtype=wide)
+    second = _Memory(x, weight)
+    if g_weight is not None:
+        for block in _logits(memory):
+            along = _tangents(second, block, None, second.weights(g_weight, block.part))
+            passes.mean(block, along.logits, own, lse, mean, picked)
+    rise = mean - picked
+    if g_x is not None:
+        of_x = g_x.to(wide)
+        by_slope = (of_x * slope).sum(1)
+        rise = rise + by_slope
+        mean = mean + by_slope + (of_x * _own_rows(weight, own, x)).sum(1)
+    to_d_nll = rise.masked_fill(ignored, 0) if needs[0] else None
+    if not any(needs[1:]):
+        return to_d_nll, None, None
+
+    to_x = x.new_zeros(x.shape, dtype=wide) if needs[1] else None
+    to_weight = weight.new_empty(weight.shape) if needs[2] else None
+    for block in _logits(memory):
+        of_b = None if g_weight is None else second.weights(g_weight, block.part)
+        along = _tangents(second, block, a, of_b)
+        passes.second(block, along, own, lse, mean, d)
+        if to_x is not None:
+            accumulate(to_x, along.factor, block.weight)
+            if of_b is not None:
+                accumulate(to_x, block.factor, of_b)
+        if to_weight is not None:
+            pairs = [(along.factor, memory.x)] + ([] if a is None else [(block.factor, a)])
+            _product_rows(to_weight, block.part, *pairs)
+    return to_d_nll, None if to_x is None else to_x.to(x.dtype), to_weight
+
+
+def _product_rows(out: Tensor, part: slice, *pairs: tuple[Tensor, Tensor]) -> None:
+    """out[part] = the sum of l^T x over pairs (l, x) of operands, rounded once to out's type."""
+    rows = out[part]
+    (first, x), *rest = pairs
+    direct = rows.dtype == x.dtype
+    total = torch.mm(first.t(), x, out=rows) if direct else torch.mm(first.t(), x)
+    for other, y in rest:
+        total.addmm_(other.t(), y)
+    if not direct:
+        rows.copy_(total)

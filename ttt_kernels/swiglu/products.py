@@ -1,0 +1,160 @@
+"""SwiGLU on kernels: its matrix products, each made only where a wanted result needs it.
+
+Products are torch's BLAS; what stands between them is a backend's passes. Letters are those of `reference`. What is
+computed between two products stays in the products' type: it is rounded to x's only where it is kept or returned.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ttt_kernels.matmul import operand, sum_of_products
+from ttt_kernels.swiglu.reference import Gradients, matrices
+
+Optional = Tensor | None
+
+
+class Passes(Protocol):
+    """The elementwise passes of a backend over contiguous tensors of one shape; None is zero or unwanted."""
+
+    def forward(self, gate: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """H in the type of gate and up, and G and U in `dtype`."""
+        ...
+
+    def backward(
+        self, gate: Tensor, up: Tensor, d_hidden: Optional, like: Tensor, wanted: Sequence[bool]
+    ) -> tuple[Optional, ...]:
+        """dG, dU and H, those that are wanted, in like's type."""
+        ...
+
+    def double_backward(
+        self,
+        gate: Tensor,
+        up: Tensor,
+        d_hidden: Optional,
+        h_bar: Optional,
+        t_gate: Optional,
+        t_up: Optional,
+        like: Tensor,
+        wanted: Sequence[bool],
+    ) -> tuple[Optional, ...]:
+        """H^, the cotangents of G and U, dG, dU and H, those that are wanted, in like's type."""
+        ...
+
+
+def _operand(t: Optional, x: Tensor) -> Optional:
+    """A weight, or what has its shape, as the products with x read it."""
+    return None if t is None else operand(t.to(x.dtype))
+
+
+def _transposed(t: Optional) -> Optional:
+    return None if t is None else t.mT
+
+
+def _given(t: Optional, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    assert t is not None
+    return t.to(dtype).reshape(shape)
+
+
+def forward(
+    passes: Passes, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.forward`."""
+    rows = operand(matrices(w_gate, x)[0])
+    of_gate, of_up, of_down = (operand(w.to(x.dtype)) for w in (w_gate, w_up, w_down))
+    gate, up = (torch.matmul(rows, w.mT).contiguous() for w in (of_gate, of_up))
+    hidden, gate, up = passes.forward(gate, up, x.dtype)
+    saved = (*x.shape[:-1], w_gate.shape[-2])
+    y = torch.matmul(hidden, of_down.mT).to(x.dtype).reshape(x.shape)
+    return y, gate.reshape(saved), up.reshape(saved)
+
+
+def backward(
+    passes: Passes,
+    dy: Tensor,
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    needs: Sequence[bool],
+) -> Gradients:
+    """As `reference.backward`."""
+    dy_, x_, gate_, up_ = matrices(w_gate, dy, x, gate.contiguous(), up.contiguous())
+    dy_, x_ = operand(dy_), operand(x_)
+    d_hidden = None
+    if any(needs[:3]):
+        d_hidden = torch.matmul(dy_, operand(w_down.to(x.dtype))).contiguous()
+    wanted = (needs[0] or needs[1], needs[0] or needs[2], needs[3])
+    d_gate, d_up, hidden = passes.backward(gate_, up_, d_hidden, dy_, wanted)
+
+    dx = d_w_gate = d_w_up = d_w_down = None
+    if needs[0]:
+        pairs = ((d_gate, _operand(w_gate, x)), (d_up, _operand(w_up, x)))
+        dx = _given(sum_of_products(*pairs), x.dtype, x.shape)
+    if needs[1]:
+        d_w_gate = _given(sum_of_products((_transposed(d_gate), x_)), w_gate.dtype, w_gate.shape)
+    if needs[2]:
+        d_w_up = _given(sum_of_products((_transposed(d_up), x_)), w_up.dtype, w_up.shape)
+    if needs[3]:
+        d_w_down = _given(sum_of_products((dy_.mT, hidden)), w_down.dtype, w_down.shape)
+    return dx, d_w_gate, d_w_up, d_w_down
+
+
+def double_backward(
+    passes: Passes,
+    g_x: Optional,
+    g_w_gate: Optional,
+    g_w_up: Optional,
+    g_w_down: Optional,
+    dy: Tensor,
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Optional, ...]:
+    """As `reference.double_backward`."""
+    dy_, x_, gate_, up_ = matrices(w_gate, dy, x, gate.contiguous(), up.contiguous())
+    dy_, x_ = operand(dy_), operand(x_)
+    a = None if g_x is None else operand(matrices(w_gate, g_x)[0])
+    b, c, e = (_operand(g, x) for g in (g_w_gate, g_w_up, g_w_down))
+    of_gate, of_up, of_down = (operand(w.to(x.dtype)) for w in (w_gate, w_up, w_down))
+    of_inputs = needs[1] or needs[2] or needs[3]
+
+    t_gate = sum_of_products((a, of_gate.mT), (x_, _transposed(b)))
+    t_up = sum_of_products((a, of_up.mT), (x_, _transposed(c)))
+    d_hidden = torch.matmul(dy_, of_down).contiguous() if of_inputs else None
+    h_bar = sum_of_products((dy_, e)) if of_inputs else None
+    wanted = (
+        needs[0] or needs[4],
+        needs[1] or needs[2],
+        needs[1] or needs[3],
+        (needs[1] and b is not None) or (needs[2] and a is not None),
+        (needs[1] and c is not None) or (needs[3] and a is not None),
+        needs[0] and e is not None,
+    )
+    found = passes.double_backward(gate_, up_, d_hidden, h_bar, t_gate, t_up, dy_, wanted)
+    t_hidden, gate_bar, up_bar, d_gate, d_up, hidden = found
+
+    d_dy = d_x = d_w_gate = d_w_up = d_w_down = None
+    if needs[0]:
+        pairs = ((t_hidden, of_down.mT), (hidden, _transposed(e)))
+        d_dy = _given(sum_of_products(*pairs), dy.dtype, dy.shape)
+    if needs[1]:
+        pairs = ((gate_bar, of_gate), (up_bar, of_up), (d_gate, b), (d_up, c))
+        d_x = _given(sum_of_products(*pairs), x.dtype, x.shape)
+    if needs[2]:
+        pairs = ((_transposed(gate_bar), x_), (_transposed(d_gate), a))
+        d_w_gate = _given(sum_of_products(*pairs), w_gate.dtype, w_gate.shape)
+    if needs[3]:
+        pairs = ((_transposed(up_bar), x_), (_transposed(d_up), a))
+        d_w_up = _given(sum_of_products(*pairs), w_up.dtype, w_up.shape)
+    if needs[4]:
+        d_w_down = _given(sum_of_products((dy_.mT, t_hidden)), w_down.dtype, w_down.shape)
+    return d_dy, d_x, d_w_gate, d_w_up, d_w_down
