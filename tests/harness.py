@@ -1,14 +1,19 @@
 """What the operators' tests share: every order of an operator against float64, with an honest budget."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from ttt_kernels.backends import available
+from ttt_kernels.extension import cpu as extension
 
 BACKENDS = tuple(name for name in available() if name in ("cpu", "reference"))
 """Backends whose kernels run on CPU tensors here."""
+
+INSTRUCTION_SETS = extension.instruction_sets() if extension else []
+"""Instruction sets of the C++ kernels that run here."""
 
 Function = Callable[..., Tensor | Sequence[Tensor]]
 
@@ -91,3 +96,15 @@ def assert_within_budget(
             budget = slack * relative_error(p, e) + floor * unit
             error = relative_error(o, e) if e.norm() > 0 else float(o.double().norm())
             assert error <= budget, f"order {order}, result {i}: error {error:.3g} beyond {budget:.3g}"
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """The C++ kernels of one instruction set, within the context."""
+    assert extension is not None
+    before = extension.instruction_set()
+    extension.choose_instruction_set(name)
+    try:
+        yield
+    finally:
+        extension.choose_instruction_set(before)

@@ -110,9 +110,11 @@ def test_explicit_backward_computes_what_is_wanted() -> None:
     x, weight = inputs()
     for record in (False, True):
         with torch.set_grad_enabled(record):
-            y, rstd = operator.forward(x, weight, 1e-6, backend="cpu")
-            dx, dw = operator.backward(y, x, weight, rstd, 1e-6, needs=[False, True], backend="cpu")
+            y, rstd = operator.forward(x, weight, None, 1e-6, backend="cpu")
+            needs = [False, True, False]
+            dx, dw, dz = operator.backward(y, x, weight, None, rstd, 1e-6, needs=needs, backend="cpu")
         assert dx is None
+        assert dz is None
         assert dw.requires_grad == record
         torch.testing.assert_close(dw, (y * y / weight).sum(0))
 

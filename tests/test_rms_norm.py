@@ -2,17 +2,14 @@
 
 import pytest
 import torch
-from harness import BACKENDS, assert_within_budget, draw, orders
+from harness import BACKENDS, INSTRUCTION_SETS, assert_within_budget, draw, instruction_set, orders
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
 
 from ttt_kernels import rms_norm, rms_norm_jvp
-from ttt_kernels.extension import cpu as extension
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INSTRUCTION_SETS = extension.instruction_sets() if extension else []
 LAYOUTS = {
     "contiguous": lambda x: x,
     "transposed": lambda x: x.transpose(0, 1),
@@ -21,8 +18,16 @@ LAYOUTS = {
 }
 
 
+def floor(dtype: torch.dtype) -> float | None:
+    """In float64 the plain formulas are the truth, but gradients of rows of two elements cancel."""
+    return 32.0 if dtype == torch.float64 else None
+
+
 def on(backend: str, layout: str = "contiguous", eps: float = 1e-6):
-    return lambda x, weight: rms_norm(LAYOUTS[layout](x), weight, eps=eps, backend=backend)
+    place = LAYOUTS[layout]
+    return lambda x, weight, *residual: rms_norm(
+        place(x), weight, eps=eps, residual=place(residual[0]) if residual else None, backend=backend
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -32,37 +37,39 @@ def on(backend: str, layout: str = "contiguous", eps: float = 1e-6):
     n=st.sampled_from([1, 2, 7, 16, 33, 64, 100]),
     layout=st.sampled_from(sorted(LAYOUTS)),
     eps=st.sampled_from([1e-6, 0.1]),
+    added=st.booleans(),
 )
-def test_within_budget(backend: str, dtype: torch.dtype, rows: int, n: int, layout: str, eps: float) -> None:
+def test_within_budget(
+    backend: str, dtype: torch.dtype, rows: int, n: int, layout: str, eps: float, added: bool
+) -> None:
     # A row of one element is its own norm: without a visible eps its derivative vanishes.
     eps = 0.5 if n == 1 else eps
-    inputs = [draw(3, rows, n, seed=rows), draw(n, seed=n)]
-    assert_within_budget(lambda name: on(name, layout, eps), inputs, dtype, backend)
+    inputs = [draw(3, rows, n, seed=rows), draw(n, seed=n)] + [draw(3, rows, n, seed=9)] * added
+    assert_within_budget(lambda name: on(name, layout, eps), inputs, dtype, backend, floor=floor(dtype))
 
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set(name: str, dtype: torch.dtype) -> None:
-    before = extension.instruction_set()
-    extension.choose_instruction_set(name)
-    try:
+    with instruction_set(name):
         for n in (3, 40, 65):
-            assert_within_budget(on, [draw(4, n, seed=0), draw(n, seed=1)], dtype, "cpu", highest=1)
-    finally:
-        extension.choose_instruction_set(before)
+            inputs = [draw(70, n, seed=0), draw(n, seed=1), draw(70, n, seed=2)]
+            assert_within_budget(on, inputs, dtype, "cpu", floor=floor(dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_residual_is_added_before_the_only_rounding(backend: str, dtype: torch.dtype) -> None:
+    x, weight, residual = (draw(*s, seed=i) for i, s in enumerate([(40, 24), (24,), (40, 24)]))
+    x, weight, residual = x.to(dtype), weight.float(), residual.to(dtype)
+    exact = rms_norm(x.double(), weight.double(), residual=residual.double(), backend="reference")
+    assert torch.equal(rms_norm(x, weight, residual=residual, backend=backend), exact.to(dtype))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_many_rows(backend: str) -> None:
     """The weight's gradient is a sum over rows: its error must not grow with their number."""
-    assert_within_budget(on, [draw(20_000, 11, seed=0), draw(11, seed=1)], torch.float32, backend, highest=1)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_derivatives_in_float64(backend: str) -> None:
-    inputs = [draw(2, 3, 5, seed=0).requires_grad_(), draw(5, seed=1).requires_grad_()]
-    assert gradcheck(on(backend), inputs)
-    assert gradgradcheck(on(backend), inputs)
+    assert_within_budget(on, [draw(20_000, 11, seed=0), draw(11, seed=1)], torch.float32, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -119,12 +126,6 @@ def test_jvp_takes_none_for_zero() -> None:
     assert [t.dtype for t in half] == [torch.bfloat16, torch.bfloat16]
 
 
-def test_jvp_differentiates_in_reverse() -> None:
-    inputs = [t.requires_grad_() for t in _tangents()]
-    assert gradcheck(rms_norm_jvp, inputs)
-    assert gradgradcheck(rms_norm_jvp, inputs)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -135,6 +136,9 @@ def test_jvp_differentiates_in_reverse() -> None:
         ({"x": None}, "x must be a tensor, got NoneType"),
         ({"weight": torch.ones(8, device="meta")}, "weight is on meta but x is on cpu"),
         ({"eps": -1.0}, "eps is -1.0"),
+        ({"residual": torch.ones(8)}, r"residual has shape \(8,\) and dtype torch.float32; accepted are x's"),
+        ({"residual": torch.ones(2, 8).half()}, "residual has shape .* and dtype torch.float16"),
+        ({"residual": 1.0}, "residual must be a tensor"),
     ],
 )
 def test_refuses(changes: dict, message: str) -> None:
@@ -151,5 +155,7 @@ def test_jvp_refuses() -> None:
         rms_norm_jvp(x, weight, torch.ones(8))
     with pytest.raises(ValueError, match=r"weight_dot has shape .* torch.float64"):
         rms_norm_jvp(x, weight, None, torch.ones(8, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"'cpu' cannot serve this call: .*what can: .'reference'"):
-        rms_norm_jvp(x, weight, x, backend="cpu")
+    with pytest.raises(ValueError, match=r"'cuda' cannot serve this call: .*what can: .*'reference'"):
+        rms_norm_jvp(x, weight, x, backend="cuda")
+    with pytest.raises(ValueError, match="residual_dot is given without residual"):
+        rms_norm_jvp(x, weight, residual_dot=x)

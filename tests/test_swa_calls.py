@@ -253,11 +253,12 @@ def test_jvp_within_budget(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("order", ["", "_backward"])
 def test_opcheck_of_the_jvp(order: str) -> None:
     given = [t.requires_grad_() for seed in (0, 10) for t in qkv(seed)]
-    o, tangent, *saved = jvp.operator.forward(*given, LENGTHS, None, 4, 0.7, backend="reference")
-    arguments = (*given, LENGTHS, None, 4, 0.7, BACKENDS[0])
+    given = (*given[:3], LENGTHS, None, *given[3:])
+    o, tangent, *saved = jvp_operator.forward(*given, 4, 0.7, backend="reference")
+    arguments = (*given, 4, 0.7, BACKENDS[0])
     if order:
         d = [draw(*t.shape, seed=20 + i) for i, t in enumerate((o, tangent))]
-        arguments = detached((*d, *given, LENGTHS, None, o, *saved, 4, 0.7, [True] * 6, BACKENDS[0]))
+        arguments = detached((*d, *given, o, *saved, 4, 0.7, [True] * 6, BACKENDS[0]))
     opcheck(getattr(torch.ops.ttt_kernels, f"swa_jvp{order}").default, arguments)
 
 

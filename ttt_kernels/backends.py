@@ -174,9 +174,7 @@ def backends() -> dict[str, dict[str, object]]:
     Returns:
         One entry per backend: `available` (bool), `reason` (why not, or None), and `operators`: for each
         operator that the backend has kernels for, the orders ("forward", "backward", "double_backward")
-        that these kernels serve themselves. Orders that are not listed are computed by the reference
-        formulas on the same device, or raise where the reference entry does not list them either. The cpu
-        entry also has `instruction_set`.
+        that there are; an order that is not listed raises. The cpu entry also has `instruction_set`.
     """
     from ttt_kernels import decode
     from ttt_kernels.registry import OPERATORS

@@ -22,7 +22,7 @@ def twin(base: Operator, **fixed: Any) -> Operator:
     its outputs are base's and "tangent", and its parameters base's without those that are fixed.
 
     Args:
-        base: all its backends but those without a double backward serve the twin too.
+        base: all its backends serve the twin too.
         fixed: values of parameters of base in every call.
     """
     (output,) = base.outputs
@@ -75,7 +75,7 @@ def twin(base: Operator, **fixed: Any) -> Operator:
         saved=base.saved,
         differentiable=(*base.differentiable, *dots),
         fake=fake,
-        kernels={name: kernels(of) for name, of in base.kernels.items() if "double_backward" in of},
+        kernels={name: kernels(of) for name, of in base.kernels.items()},
         refusals=base.refusals,
         keeps=base.keeps,
     )

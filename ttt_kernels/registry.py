@@ -56,8 +56,8 @@ class Operator:
         keeps: the outputs that `backward` and `double_backward` are given too.
         fake_backward: what the gradients look like, where they are not like the differentiable inputs:
             `fake_backward(*inputs, *params) -> gradients`.
-        kernels: backend -> order -> function; "reference" serves every order, and where it has no
-            "double_backward" the second derivative raises as the third does elsewhere.
+        kernels: backend -> order -> function; each backend serves the same orders as "reference", and where
+            there is no "double_backward" the second derivative raises as the third does elsewhere.
         refusals: backend -> why it cannot serve given tensors.
     """
 
@@ -75,7 +75,8 @@ class Operator:
 
     def __post_init__(self) -> None:
         served = self.orders("reference")
-        assert served in (ORDERS, ORDERS[:2]), f"{self.name}: reference serves every order that there is"
+        assert served in (ORDERS, ORDERS[:2])
+        assert all(self.orders(name) == served for name in self.kernels), f"{self.name}: an order is missing"
         assert set(self.differentiable) <= set(self.inputs)
         self._diff_index = [list(self.inputs).index(n) for n in self.differentiable]
         self._kept_index = [list(self.outputs).index(n) for n in self.keeps]
@@ -111,7 +112,7 @@ class Operator:
             return self.kernels["reference"][order](*arguments)
         tensors = _tensors(arguments)
         if not torch.compiler.is_compiling() and _plain_tensors(tensors):
-            return self._kernel(backend, order)(*arguments)
+            return self.kernels[backend][order](*arguments)
         return self._record(order, registered, arguments, backend)
 
     def _record(
@@ -129,9 +130,6 @@ class Operator:
             return results
         return tuple(r if need else None for r, need in zip(results, arguments[-1], strict=True))
 
-    def _kernel(self, backend: str, order: str) -> Kernel:
-        return self.kernels[backend].get(order) or self.kernels["reference"][order]
-
     def _schema(self, arguments: dict[str, str], results: Sequence[str]) -> str:
         taken = ", ".join(f"{kind} {name}" for name, kind in arguments.items())
         given = ", ".join(results)
@@ -144,7 +142,7 @@ class Operator:
 
         def run(*values: Any) -> Any:
             *given, backend = values
-            out = self._kernel(backend, order)(*given)
+            out = self.kernels[backend][order](*given)
             flags = given[-1] if has_needs else [True] * len(results)
             plain = [
                 _plain(kind, v) if need and v is not None else _unwanted(kind, given)

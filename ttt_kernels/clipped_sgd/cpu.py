@@ -23,12 +23,12 @@ def _located(rows: Tensor | None) -> tuple[int, int]:
     return (0, 0) if rows is None else (rows.data_ptr(), rows.stride(0))
 
 
-def _dots(g: Tensors, l: Tensors | None = None, u: Tensors | None = None) -> Tensor:
+def _dots(g: Tensors, ell: Tensors | None = None, u: Tensors | None = None) -> Tensor:
     """Inner products per sequence over all tensors, (4, B) float64: g . g, g . l, g . u and l . u; 0 without."""
     sums = torch.zeros(4, g[0].shape[0], dtype=torch.float64, device="cpu")
     for i, x in enumerate(g):
         if x.numel():
-            others = [None if t is None else t[i] for t in (l, u)]
+            others = [None if t is None else t[i] for t in (ell, u)]
             scratch = torch.empty(4, x.shape[0], -(-x.shape[1] // _BLOCK), dtype=torch.float64, device="cpu")
             kernels().clipped_sgd_dots(
                 dtype_code(x.dtype), *_located(x), *_located(others[0]), *_located(others[1]),

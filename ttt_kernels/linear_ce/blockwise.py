@@ -98,7 +98,7 @@ class _Memory:
 
 def _logits(memory: _Memory) -> Iterator[Block]:
     """Every block with its logits."""
-    for part in blocks(*memory.x.shape[:1], memory.weight.shape[0], memory.x.device):
+    for part in blocks(memory.x.shape[0], memory.weight.shape[0], memory.x.device):
         block = memory.block(part, memory.weights(memory.weight, part))
         multiply_into(block.logits, memory.x, block.weight.t())
         yield block

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ttt_kernels.extension import dtype_code, kernels
+from ttt_kernels.registry import Kernel
 from ttt_kernels.swiglu import products
 
 _Optional = Tensor | None
@@ -25,12 +26,14 @@ class _Passes:
 
     def forward(self, gate: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         hidden = torch.empty_like(gate)
-        kept = () if gate.dtype == dtype else tuple(torch.empty_like(gate, dtype=dtype) for _ in range(2))
+        # Where products have x's type, their results are what is kept.
+        kept = (gate, up) if gate.dtype == dtype else (torch.empty_like(gate, dtype=dtype) for _ in range(2))
+        kept_gate, kept_up = kept
+        written = (None, None) if kept_gate is gate else (kept_gate, kept_up)
         kernels().swiglu_forward(
-            dtype_code(dtype), dtype_code(gate.dtype), *_addresses(gate, up, hidden, *(kept or (None, None))),
-            gate.numel(),
-        )  # fmt: skip
-        return (hidden, *(kept or (gate, up)))
+            dtype_code(dtype), dtype_code(gate.dtype), *_addresses(gate, up, hidden, *written), gate.numel()
+        )
+        return hidden, kept_gate, kept_up
 
     def backward(
         self, gate: Tensor, up: Tensor, d_hidden: _Optional, like: Tensor, wanted: Sequence[bool]
@@ -61,6 +64,6 @@ class _Passes:
         return tuple(results)
 
 
-forward = partial(products.forward, _Passes())
-backward = partial(products.backward, _Passes())
-double_backward = partial(products.double_backward, _Passes())
+forward: Kernel = partial(products.forward, _Passes())
+backward: Kernel = partial(products.backward, _Passes())
+double_backward: Kernel = partial(products.double_backward, _Passes())

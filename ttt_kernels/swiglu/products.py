@@ -93,8 +93,8 @@ def backward(
 
     dx = d_w_gate = d_w_up = d_w_down = None
     if needs[0]:
-        pairs = ((d_gate, _operand(w_gate, x)), (d_up, _operand(w_up, x)))
-        dx = _given(sum_of_products(*pairs), x.dtype, x.shape)
+        total = sum_of_products((d_gate, _operand(w_gate, x)), (d_up, _operand(w_up, x)))
+        dx = _given(total, x.dtype, x.shape)
     if needs[1]:
         d_w_gate = _given(sum_of_products((_transposed(d_gate), x_)), w_gate.dtype, w_gate.shape)
     if needs[2]:
@@ -144,17 +144,17 @@ def double_backward(
 
     d_dy = d_x = d_w_gate = d_w_up = d_w_down = None
     if needs[0]:
-        pairs = ((t_hidden, of_down.mT), (hidden, _transposed(e)))
-        d_dy = _given(sum_of_products(*pairs), dy.dtype, dy.shape)
+        total = sum_of_products((t_hidden, of_down.mT), (hidden, _transposed(e)))
+        d_dy = _given(total, dy.dtype, dy.shape)
     if needs[1]:
-        pairs = ((gate_bar, of_gate), (up_bar, of_up), (d_gate, b), (d_up, c))
-        d_x = _given(sum_of_products(*pairs), x.dtype, x.shape)
+        total = sum_of_products((gate_bar, of_gate), (up_bar, of_up), (d_gate, b), (d_up, c))
+        d_x = _given(total, x.dtype, x.shape)
     if needs[2]:
-        pairs = ((_transposed(gate_bar), x_), (_transposed(d_gate), a))
-        d_w_gate = _given(sum_of_products(*pairs), w_gate.dtype, w_gate.shape)
+        total = sum_of_products((_transposed(gate_bar), x_), (_transposed(d_gate), a))
+        d_w_gate = _given(total, w_gate.dtype, w_gate.shape)
     if needs[3]:
-        pairs = ((_transposed(up_bar), x_), (_transposed(d_up), a))
-        d_w_up = _given(sum_of_products(*pairs), w_up.dtype, w_up.shape)
+        total = sum_of_products((_transposed(up_bar), x_), (_transposed(d_up), a))
+        d_w_up = _given(total, w_up.dtype, w_up.shape)
     if needs[4]:
         d_w_down = _given(sum_of_products((dy_.mT, t_hidden)), w_down.dtype, w_down.shape)
     return d_dy, d_x, d_w_gate, d_w_up, d_w_down
