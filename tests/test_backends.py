@@ -72,8 +72,8 @@ def _rms_norm_jvp() -> tuple[Tensor, list[Tensor]]:
 
 def _linear_ce_jvp() -> tuple[Tensor, list[Tensor]]:
     x, weight, *dots = inputs = leaves(*((3, 4), (6, 4)) * 2)
-    loss, tangent = ttt_kernels.linear_cross_entropy_jvp(x, weight, torch.tensor([0, 5, 2]), *dots)
-    return tangent, inputs
+    found = ttt_kernels.linear_cross_entropy_jvp(x, weight, torch.tensor([0, 5, 2]), *dots)
+    return found[1], inputs
 
 
 CALLS = {

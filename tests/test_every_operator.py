@@ -60,7 +60,7 @@ def test_every_kernel_backend_serves_every_order() -> None:
             assert operator.orders(backend) == operator.orders("reference")
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize(("name", "backend"), pairs(tuple(EXAMPLES), KERNELS))
 def test_within_budget(name: str, backend: str, dtype: torch.dtype) -> None:
     example = EXAMPLES[name]
@@ -100,6 +100,26 @@ def _differentiable(value: Any) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().requires_grad_()
     return value
+
+
+@pytest.mark.parametrize(("name", "backend"), pairs(BASES, KERNELS, slow=KERNELS))
+def test_opcheck_of_unwanted_gradients(name: str, backend: str) -> None:
+    """An empty tensor in place of a gradient that nobody wants, and of its cotangent."""
+    example = EXAMPLES[name].cast(kernel_dtype(backend))
+    wanted = example.wanted("backward")
+    operator = getattr(torch.ops.ttt_kernels, f"{example.operator.name}_backward").default
+    for i in [i for i, want in enumerate(wanted) if want]:
+        arguments = [_differentiable(v) for v in example.arguments("backward")]
+        opcheck(operator, (*arguments, [i == j for j in range(len(wanted))], backend))
+
+
+@pytest.mark.parametrize("name", tuple(EXAMPLES))
+def test_an_operator_called_by_itself_refuses_tangents(name: str) -> None:
+    example = EXAMPLES[name]
+    operator = getattr(torch.ops.ttt_kernels, example.operator.name)
+    leaves = tuple(example.leaves())
+    with pytest.raises(ValueError, match=rf"{example.operator.name} \(forward\): .*forward mode"):
+        torch.func.jvp(lambda *x: operator(*example.given(x), *example.params, "cpu"), leaves, leaves)
 
 
 @pytest.mark.parametrize("order", ORDERS[1:])

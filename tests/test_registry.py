@@ -8,7 +8,6 @@ import torch.autograd.forward_ad as forward_ad
 from harness import BACKENDS, draw
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.library import opcheck
 
 from ttt_kernels import clipped_sgd, rms_norm, rope, use_backend
 from ttt_kernels.registry import OPERATORS
@@ -233,85 +232,3 @@ def test_compiled_code_follows_use_backend() -> None:
         with use_backend(name):
             torch.testing.assert_close(compiled(*inputs()), rms_norm(*inputs()))
     assert graphs == [True, False]
-
-
-# -- The registered operators themselves --------------------------------------------------------------------
-
-
-def _samples(name: str, backend: str, copy_dtype: torch.dtype | None) -> dict[str, tuple]:
-    """Arguments of every order of an operator."""
-    x, weight = inputs()
-    if name == "rms_norm":
-        rstd = draw(3, seed=2)
-        backward = (draw(3, 8, seed=3).requires_grad_(), x, weight, rstd, 1e-6, [True, True], backend)
-        return {
-            "": (x, weight, 1e-6, backend),
-            "_backward": backward,
-            "_double_backward": (draw(3, 8, seed=4), None, *backward[:-2], [True] * 3, backend),
-        }
-    if name == "rope":
-        x = draw(1, 3, 2, 4, seed=0).requires_grad_()
-        positions = torch.arange(3)
-        backward = (draw(1, 3, 2, 4, seed=3).requires_grad_(), x, positions, 1e4, True, [True], backend)
-        return {
-            "": (x, positions, 1e4, True, backend),
-            "_backward": backward,
-            "_double_backward": (draw(1, 3, 2, 4, seed=4), *backward[:-2], [True] * 2, backend),
-        }
-    tensors = [draw(2, 3, seed=i).requires_grad_() for i in range(4)]
-    rate = torch.tensor(LR, dtype=torch.float64, requires_grad=True)
-    params = (1.0, copy_dtype)
-    forward = (tensors[:2], tensors[2:], rate, *params, backend)
-    copies = [] if copy_dtype is None else [draw(2, 3, seed=i).to(copy_dtype) for i in range(2)]
-    cotangents = ([draw(2, 3, seed=8 + i).requires_grad_() for i in range(2)], draw(2, seed=12), copies)
-    uppers = ([draw(2, 3, seed=20 + i) for i in range(2)], [draw(2, 3, seed=22 + i) for i in range(2)], None)
-    return {
-        "": forward,
-        "_backward": (*cotangents, *forward[:-1], [True] * 3, backend),
-        "_double_backward": (*uppers, *cotangents, *forward[:-1], [True] * 6, backend),
-    }
-
-
-def _detached(value: object) -> object:
-    if isinstance(value, list):
-        return [_detached(v) for v in value]
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(OPERATIONS))
-@pytest.mark.parametrize("order", ["", "_backward", "_double_backward"])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_opcheck(name: str, order: str, backend: str) -> None:
-    """Schema, autograd registration, fake implementation (shapes and strides) and tracing."""
-    operator = getattr(torch.ops.ttt_kernels, name + order).default
-    arguments = _samples(name, backend, torch.bfloat16)[order]
-    if order == "_double_backward":
-        arguments = tuple(_detached(a) for a in arguments)
-    opcheck(operator, arguments)
-    if name == "clipped_sgd":
-        opcheck(operator, tuple(_detached(a) for a in _samples(name, backend, None)[order]))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(OPERATIONS))
-def test_opcheck_of_unwanted_results(name: str) -> None:
-    """An empty tensor in place of a gradient that nobody wants, and of its cotangent."""
-    *arguments, needs, backend = _samples(name, "cpu", torch.float32)["_backward"]
-    for wanted in range(len(needs)):
-        flags = [i == wanted for i in range(len(needs))]
-        opcheck(getattr(torch.ops.ttt_kernels, f"{name}_backward").default, (*arguments, flags, backend))
-
-
-@pytest.mark.parametrize("name", sorted(OPERATIONS))
-def test_an_operator_called_by_itself_refuses_tangents(name: str) -> None:
-    operator = getattr(torch.ops.ttt_kernels, name)
-    first, *rest = (_detached(a) for a in _samples(name, "cpu", None)[""])
-    is_list = isinstance(first, list)
-
-    def call(t: Tensor) -> object:
-        return operator([t, first[1]] if is_list else t, *rest)
-
-    x = first[0] if is_list else first
-    with pytest.raises(ValueError, match=rf"{name} \(forward\): .*forward mode"):
-        torch.func.jvp(call, (x,), (x,))

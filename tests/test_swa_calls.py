@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
 from ttt_kernels import sliding_window_attention, sliding_window_attention_jvp
-from ttt_kernels.swa import operator
+from ttt_kernels.swa import jvp_operator, operator
 
 KERNELS = tuple(name for name in BACKENDS if name != "reference")
 
