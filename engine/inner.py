@@ -129,6 +129,42 @@ def inner_update(
     return FastWeights(masters, by_block(copies) if copies else masters), norm
 
 
+class InnerStep(NamedTuple):
+    """One mini-batch read and learnt from.
+
+    nll: (B, b) unmasked, from the weights before the step. fast: the weights after it. grads: those of all fast
+    matrices, block by block (gate, up, down), before clipping. norm: (B,) of grads.
+    """
+
+    nll: Tensor
+    fast: FastWeights
+    grads: list[Tensor]
+    norm: Tensor
+
+
+def inner_step(
+    ops: Ops,
+    config: TTTConfig,
+    weights: Weights,
+    fast: FastWeights,
+    x: Tensor,
+    positions: Tensor,
+    targets: Tensor,
+    caches: Sequence[Cache],
+    lr: float,
+) -> InnerStep:
+    """From the prefix blocks' outputs (B, b, d) to new fast weights; arguments as of `inner_forward`.
+
+    Of all weights only the fast ones' gradients are computed, and no hidden state's below the first fast MLP. Beside
+    its results it holds the intermediates of this mini-batch. Where a graph is recorded it is differentiable with
+    respect to everything.
+    """
+    read = inner_forward(ops, config, weights, fast, x, positions, targets, caches)
+    grads = inner_gradient(ops, config, weights, fast, read, targets)
+    new, norm = inner_update(ops, config, fast, grads, lr)
+    return InnerStep(read.nll, new, grads, norm)
+
+
 def inner_update_(ops: Ops, config: TTTConfig, fast: FastWeights, grads: Sequence[Tensor], lr: float) -> None:
     """`inner_update` in place, where nothing records."""
     copies = None if fast.copies is fast.masters else flat(fast.copies)

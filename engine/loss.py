@@ -12,9 +12,7 @@ from engine.blocks import prefix_forward
 from engine.inner import (
     FastWeights,
     by_block,
-    inner_forward,
-    inner_gradient,
-    inner_update,
+    inner_step,
     learning_rate,
     masked_mean,
 )
@@ -124,14 +122,13 @@ def _inner_loop(
         part = slice(start, start + size)
         known = targets[:, part]
         with stage("inner step"):
-            read = inner_forward(ops, config, weights, fast, x[:, part], positions[part], known, caches)
-            grads = inner_gradient(ops, config, weights, fast, read, known)
-            fast, norm = inner_update(ops, config, fast, grads, lr)
-        nlls.append(read.nll)
-        losses.append(masked_mean(read.nll, known, config).mean())
-        norms.append(norm.detach())
+            step = inner_step(ops, config, weights, fast, x[:, part], positions[part], known, caches, lr)
+        fast = step.fast
+        nlls.append(step.nll)
+        losses.append(masked_mean(step.nll, known, config).mean())
+        norms.append(step.norm.detach())
         if len(kept) < keep_inner_grads:
-            kept.append(by_block([g.detach() for g in grads]))
+            kept.append(by_block([g.detach() for g in step.grads]))
     return LossOutput(
         torch.stack(losses).mean(), torch.cat(nlls, 1), fast.masters, torch.stack(norms, 1), kept, x
     )
