@@ -98,7 +98,8 @@ void combine(const T* a, C a_factor, const T* b, C b_factor, const T* c, C c_fac
         });
     } else {
         for_each_vector<C>(0, n, [=](int64_t at, int64_t k) { write(out + at, value(at, k), k); });
-        for (int64_t i = 0; copy && i < n; ++i) copy[i] = from_compute<U>(static_cast<compute_t<U>>(to_compute(out[i])));
+        for (int64_t i = 0; copy && i < n; ++i)
+            copy[i] = from_compute<U>(static_cast<compute_t<U>>(to_compute(out[i])));
     }
 }
 

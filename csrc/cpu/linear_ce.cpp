@@ -92,9 +92,8 @@ void d_logits(T* logits, int64_t rows, int64_t cols, int64_t first, const int64_
         const C m = lse[r], d = d_nll[r];
         // Taken before its place is overwritten; expm1 because a certain row's e^x - 1 cancels.
         const C at_own = own >= 0 ? d * std::expm1(to_compute(row[own]) - m) : C(0);
-        for_each_vector<C>(0, cols, [=](int64_t i, int64_t k) {
-            write(row + i, d * exp(read(row + i, k) - m), k);
-        });
+        for_each_vector<C>(0, cols,
+                           [=](int64_t i, int64_t k) { write(row + i, d * exp(read(row + i, k) - m), k); });
         if (own >= 0) row[own] = from_compute<T>(at_own);
     });
 }
@@ -138,8 +137,8 @@ void second(T* logits, T* along, int64_t rows, int64_t cols, int64_t first, cons
 }  // namespace
 
 void linear_ce_online(Dtype dtype, void* logits, int64_t rows, int64_t cols, int64_t first,
-                      const int64_t* target, void* maximum, void* sum, void* others, void* picked,
-                      void* acc, int64_t width) {
+                      const int64_t* target, void* maximum, void* sum, void* others, void* picked, void* acc,
+                      int64_t width) {
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         using C = compute_t<T>;

@@ -29,8 +29,8 @@ void forward(const T* x, int64_t x_stride, const C* weight, const T* residual, i
     });
 }
 
-// Calls f(row, sum) for every row, where f adds what the row gives to sum (n), and puts the sum of all into `total`;
-// without a total, sum is null.
+// Calls f(row, sum) for every row, where f adds what the row gives to sum (n), and puts the sum of all into
+// `total`; without a total, sum is null.
 template <class C, class F>
 void over_rows(int64_t rows, int64_t n, C* total, C* partial, F&& f) {
     const int64_t chunks = (rows + kRowsPerSum - 1) / kRowsPerSum;
@@ -80,9 +80,9 @@ void backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, cons
     });
 }
 
-// With m = mean(w dy xhat), p = mean(a xhat), e = r (a - xhat p), the cotangent of w dy, and q = mean(a w dy):
-// dy_bar = e w + b xhat + z, w_bar = sum over rows of e dy, and
-// x_bar = r (b dy - r (m a + p w dy)) - r xhat (mean(b dy xhat) + r (q - 3 m p)).
+// With m = mean(w dy xhat), p = mean(a xhat), e = r (a - xhat p), the cotangent of w dy, and q = mean(a w
+// dy): dy_bar = e w + b xhat + z, w_bar = sum over rows of e dy, and x_bar = r (b dy - r (m a + p w dy)) - r
+// xhat (mean(b dy xhat) + r (q - 3 m p)).
 template <class T, class C = compute_t<T>>
 void double_backward(const T* a, int64_t a_stride, const C* b, const T* z, int64_t z_stride, const T* dy,
                      int64_t dy_stride, const T* x, int64_t x_stride, const C* weight, const C* rstd,

@@ -19,8 +19,10 @@ inline vec<C> swap_neighbours(vec<C> v, std::integer_sequence<int, I...>) {
 // p[0], p[0], p[1], p[1], ...
 template <class C, int... I>
 inline vec<C> load_twice(const C* p, std::integer_sequence<int, I...>) {
-    vec<C> v{};
-    std::memcpy(&v, p, sizeof v / 2);
+    // A vector of its own: half of a whole one would be read from where the other half was not written yet.
+    typedef C half __attribute__((vector_size(kVectorBytes / 2)));
+    half v;
+    std::memcpy(&v, p, sizeof v);
     return __builtin_shufflevector(v, v, (I / 2)...);
 }
 

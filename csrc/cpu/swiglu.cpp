@@ -1,5 +1,5 @@
-// What stands between the products of swiglu, one pass over memory each. With s = 1 / (1 + e^-g): silu(g) = g s,
-// silu'(g) = s (1 + g (1 - s)) and silu''(g) = s (1 - s) (2 + g (1 - 2 s)).
+// What stands between the products of swiglu, one pass over memory each. With s = 1 / (1 + e^-g): silu(g) = g
+// s, silu'(g) = s (1 + g (1 - s)) and silu''(g) = s (1 - s) (2 + g (1 - 2 s)).
 #include "common/lanes.h"
 #include "common/parallel.h"
 #include "cpu/kernels.h"
@@ -70,7 +70,8 @@ struct Swiglu {
     }
 };
 
-// Calls f with the kernels of an element type, for products in that type or in the one that it is computed in.
+// Calls f with the kernels of an element type, for products in that type or in the one that it is computed
+// in.
 template <class F>
 void choose(Dtype dtype, Dtype product, F&& f) {
     dispatch(dtype, [&](auto element) {
@@ -112,12 +113,11 @@ void swiglu_double_backward(Dtype dtype, Dtype product, const void* gate, const 
     choose(dtype, product, [&](auto kernels, auto element, auto in_product) {
         using T = decltype(element);
         using P = decltype(in_product);
-        kernels.double_backward(static_cast<const T*>(gate), static_cast<const T*>(up),
-                                static_cast<const P*>(d_hidden), static_cast<const P*>(h_bar),
-                                static_cast<const P*>(t_gate), static_cast<const P*>(t_up),
-                                static_cast<P*>(t_hidden), static_cast<P*>(gate_bar), static_cast<P*>(up_bar),
-                                static_cast<P*>(d_gate), static_cast<P*>(d_up), static_cast<P*>(hidden),
-                                count);
+        kernels.double_backward(
+            static_cast<const T*>(gate), static_cast<const T*>(up), static_cast<const P*>(d_hidden),
+            static_cast<const P*>(h_bar), static_cast<const P*>(t_gate), static_cast<const P*>(t_up),
+            static_cast<P*>(t_hidden), static_cast<P*>(gate_bar), static_cast<P*>(up_bar),
+            static_cast<P*>(d_gate), static_cast<P*>(d_up), static_cast<P*>(hidden), count);
     });
 }
 
