@@ -96,7 +96,7 @@ void double_backward(const T* a, int64_t a_stride, const C* b, const T* z, int64
         T* to_x = x_bar ? x_bar + row * n : nullptr;
         const C r = rstd[row];
         vec<C> dh_h{}, a_h{}, a_dh{}, bdy_h{};
-        for_each_vector<C>(0, n, [&](int64_t i, int64_t k) {
+        for_each_vector<C>(0, n, [&](int64_t i, int64_t k) __attribute__((always_inline)) {
             const vec<C> d = read(dyr + i, k), dh = read(weight + i, k) * d, h = read(xr + i, k) * r;
             const vec<C> of_a = read_or_zero(ar, i, k);
             dh_h += dh * h;
@@ -106,7 +106,7 @@ void double_backward(const T* a, int64_t a_stride, const C* b, const T* z, int64
         });
         const C m = sum_lanes<C>(dh_h) / C(n), p = sum_lanes<C>(a_h) / C(n);
         const C of_h = sum_lanes<C>(bdy_h) / C(n) + r * (sum_lanes<C>(a_dh) / C(n) - C(3) * m * p);
-        for_each_vector<C>(0, n, [=](int64_t i, int64_t k) {
+        for_each_vector<C>(0, n, [=](int64_t i, int64_t k) __attribute__((always_inline)) {
             const vec<C> d = read(dyr + i, k), w = read(weight + i, k), h = read(xr + i, k) * r;
             const vec<C> of_a = read_or_zero(ar, i, k), of_b = read_or_zero(b, i, k);
             const vec<C> to_dh = r * (of_a - h * p);
