@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from bench.kernel_contenders import OWN
+from engine.config import DTYPES
 from ttt_kernels.backends import available
 from ttt_kernels.registry import Operator
 
@@ -21,6 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser, baselines: str) -> None:
         help="reference, cpu, ... (default: all but reference that can run there)",
     )
     parser.add_argument("--baselines", nargs="+", metavar="NAME", help=f"what else to measure: {baselines}")
+
+
+def contenders(
+    args: argparse.Namespace,
+    operator: Operator,
+    dtype: str,
+    device: torch.device,
+    known: Mapping[str, tuple[str, ...]],
+    default: Sequence[str],
+) -> list[str]:
+    """Names, this library's backends first; `ValueError` for a backend or baseline that cannot be used."""
+    example = torch.empty(0, dtype=DTYPES[dtype], device=device)
+    return [*own_names(operator, args.backend, example), *baseline_names(args.baselines, known, default)]
 
 
 def own_names(operator: Operator, names: Sequence[str] | None, example: torch.Tensor) -> list[str]:

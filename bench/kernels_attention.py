@@ -14,10 +14,21 @@ from bench.kernel_problem import ORDERS
 from engine.config import DTYPES
 from ttt_kernels.swa import operator
 
-__all__ = ["CEILING", "COLUMN", "ORDERS", "Problem", "contender", "own", "truths", "verdicts"]
+__all__ = [
+    "BEYOND_OUTPUTS",
+    "CEILING",
+    "COLUMN",
+    "ORDERS",
+    "Problem",
+    "contender",
+    "own",
+    "truths",
+    "verdicts",
+]
 
 CEILING = "products"
 COLUMN = "T"
+BEYOND_OUTPUTS = False
 
 BASELINES: dict[str, tuple[str, ...]] = {
     "sdpa": tuple(FUSED),
