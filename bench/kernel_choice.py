@@ -41,13 +41,18 @@ def own_names(operator: Operator, names: Sequence[str] | None, example: torch.Te
     """This library's contenders for tensors like the example; `ValueError` for a backend that cannot serve."""
     if names is not None:
         return [OWN + operator.select(name, example) for name in dict.fromkeys(names)]
-    serving = []
-    for name in available():
+    return [OWN + name for name in fast_backends([operator], example) or ["reference"]]
+
+
+def fast_backends(operators: Sequence[Operator], example: torch.Tensor) -> list[str]:
+    """The backends but reference whose kernels serve all of the operators for tensors like the example."""
+
+    def serves(name: str, operator: Operator) -> bool:
+        # A backend that an operator says nothing about has no kernel for it.
         refusal = operator.refusals.get(name)
-        # Only the reference serves everything; another without a word about it has no kernel for this operator.
-        if name != "reference" and refusal is not None and not refusal((example,)):
-            serving.append(name)
-    return [OWN + name for name in serving or ["reference"]]
+        return refusal is not None and refusal((example,)) is None
+
+    return [name for name in available() if all(serves(name, op) for op in operators)]
 
 
 def baseline_names(

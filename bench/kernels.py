@@ -28,6 +28,7 @@ import torch
 from bench import (
     kernels_attention,
     kernels_clipped_sgd,
+    kernels_inner_step,
     kernels_linear_ce,
     kernels_rms_norm,
     kernels_rope,
@@ -52,6 +53,7 @@ OPERATORS: dict[str, ModuleType] = {
     "rms_norm": kernels_rms_norm,
     "rope": kernels_rope,
     "clipped_sgd": kernels_clipped_sgd,
+    "inner_step": kernels_inner_step,
 }
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
 # The rest is for what was not foreseen, and for others on the machine.
