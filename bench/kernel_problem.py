@@ -42,19 +42,17 @@ class Draw(NamedTuple):
 
 
 class Problem(Protocol):
-    """Settings of an operator, as a frozen dataclass whose fields are JSON."""
+    """Settings of an operator, as a frozen dataclass whose fields are JSON.
+
+    It has what its ceiling counts (kernel_ceiling.py): `flops(order)`, useful operations, each product once, nothing
+    made again, two per multiply-add; or `bytes(order)`, useful traffic, each tensor read once and written once.
+    """
 
     dtype: str
 
     @property
     def length(self) -> int:
         """What grows from one problem of a run to the next."""
-
-    def flops(self, order: str) -> int:
-        """Useful operations, two per multiply-add: each product once, nothing recomputed."""
-
-    def bytes(self, order: str) -> int:
-        """Useful traffic: each tensor that has to be read once, each that has to be written once."""
 
     def inputs(self, device: torch.device) -> Any:
         """The same values in every process."""
@@ -74,19 +72,28 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def truths(formulas: Prepares, problem: Any, orders: Sequence[str]) -> dict[str, dict[str, Truth]]:
-    """For each order all that is right of the `short` and of the `whole` problem, by the plain formulas."""
+def truths(
+    formulas: Prepares, problem: Problem, orders: Sequence[str], plain: Prepares | None = None
+) -> dict[str, dict[str, Truth]]:
+    """For each order all that is right of the `short` and of the `whole` problem; see `everything`."""
     short = problem.short()
-    found = {"short": everything(formulas, short, orders)}
-    return found | {"whole": found["short"] if short == problem else everything(formulas, problem, orders)}
+    found = {"short": everything(formulas, short, orders, plain)}
+    whole = found["short"] if short == problem else everything(formulas, problem, orders, plain)
+    return found | {"whole": whole}
 
 
-def everything(formulas: Prepares, problem: Any, orders: Sequence[str]) -> dict[str, Truth]:
-    """Each order's results in float64 by the formulas on the processor."""
+def everything(
+    formulas: Prepares, problem: Any, orders: Sequence[str], plain: Prepares | None = None
+) -> dict[str, Truth]:
+    """Each order's results in float64 by the formulas on the processor.
+
+    What these are off at the problem's dtype is tolerated, or what `plain` is, where the formulas compute sums in more
+    than the dtype has.
+    """
     x = problem.inputs(torch.device("cpu"))
-    exact, plain = computed(formulas, problem, x.each(Tensor.double), orders), {}
-    plain = computed(formulas, problem, x, orders)
-    return {order: truth(exact[order], plain[order], eps_of(x)) for order in orders}
+    exact = computed(formulas, problem, x.each(Tensor.double), orders)
+    rounded = computed(plain or formulas, problem, x, orders)
+    return {order: truth(exact[order], rounded[order], eps_of(x)) for order in orders}
 
 
 def computed(formulas: Prepares, problem: Any, x: Draw, orders: Sequence[str]) -> dict[str, list[Tensor]]:

@@ -84,7 +84,7 @@ def sampled(problem: Problem, orders: Sequence[str]) -> dict[str, Truth]:
     x = problem.inputs(torch.device("cpu"))
     rows = spread(problem.tokens, ROWS)
     classes = torch.unique(torch.cat((spread(problem.vocab, CLASSES), x.constants[0][rows])))
-    exact, plain = _slices(x, torch.float64, orders, rows, classes), {}
+    exact = _slices(x, torch.float64, orders, rows, classes)
     plain = _slices(x, x.inputs[0].dtype, orders, rows, classes)
     places = {"forward": [None], "backward": [rows, classes], "double-backward": [None, rows, classes]}
     places["all"] = [place for part in places.values() for place in part]
