@@ -10,24 +10,22 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.attention_problem import ORDERS, Inputs, Problem
+from bench.attention_problem import Inputs, Problem
+from bench.kernel_contenders import OWN, Contender, Work, by_autograd
+from bench.kernel_problem import Draw
 from bench.timing import best_seconds
 from engine.config import DTYPES
 from ttt_kernels import sliding_window_attention
 from ttt_kernels.swa import operator
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
-Work = Callable[[], tuple[Tensor, ...]]
 
 
-class Contender:
+class Attention(Contender):
     """A way to compute attention, as a function that autograd differentiates."""
 
-    orders: tuple[str, ...] = ORDERS
     heads_first = True
     """Whether it takes (B, H, T, D), and is given that contiguous, instead of (B, T, H, D)."""
-    compiled = False
-    """Whether the first call at a shape compiles."""
 
     def arrange(self, x: Inputs) -> Inputs:
         """The inputs, (B, T, H, D), as it takes them."""
@@ -37,52 +35,17 @@ class Contender:
         """Its results as (B, T, H, D)."""
         return tuple(t.transpose(1, 2) for t in results) if self.heads_first else results
 
-    def refusal(self, problem: Problem) -> str | None:
-        """Why there is nothing to measure, or None."""
-        return None
-
-    def estimated_bytes(self, problem: Problem, order: str) -> int:
-        """Memory beyond the inputs, where it grows with the square of the length; else 0."""
-        return 0
-
-    def function(self, problem: Problem, x: Inputs) -> Function:
+    def attention(self, problem: Problem, x: Inputs) -> Function:
         """Attention of q, k and v, with all that a user makes once beforehand, such as a mask."""
         raise NotImplementedError
 
     def prepare(self, problem: Problem, x: Inputs, order: str) -> Work:
-        """The work of an order; what earlier orders keep for it is there already."""
-        return by_autograd(self.function(problem, x), x, order)
+        function = self.attention(problem, x)
+        draw = Draw((x.q, x.k, x.v), (), (x.d_o,), (x.a, x.b, x.c), (True,) * 3)
+        return by_autograd(lambda q, k, v: (function(q, k, v),), draw, order)
 
 
-def by_autograd(function: Function, x: Inputs, order: str) -> Work:
-    """An order's work through torch.autograd.grad."""
-    if order == "forward":
-        return torch.no_grad()(lambda: (function(x.q, x.k, x.v),))
-    leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
-    if order == "backward":
-        o = function(*leaves)
-        return lambda: torch.autograd.grad(o, leaves, x.d_o, retain_graph=True)
-    d_o = x.d_o.detach().requires_grad_()
-
-    def gradients() -> tuple[Tensor, tuple[Tensor, ...]]:
-        o = function(*leaves)
-        return o, torch.autograd.grad(o, leaves, d_o, create_graph=True)
-
-    def second(first: tuple[Tensor, ...], keep: bool) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(first, (d_o, *leaves), (x.a, x.b, x.c), retain_graph=keep)
-
-    if order == "double-backward":
-        _, kept = gradients()
-        return lambda: second(kept, True)
-
-    def everything() -> tuple[Tensor, ...]:
-        o, first = gradients()
-        return tuple(t.detach() for t in (o, *first, *second(first, False)))
-
-    return everything
-
-
-class Own(Contender):
+class Own(Attention):
     """This library on one backend; single orders by the kernels themselves, all of them through autograd."""
 
     heads_first = False
@@ -90,7 +53,7 @@ class Own(Contender):
     def __init__(self, backend: str) -> None:
         self.backend = backend
 
-    def function(self, problem: Problem, x: Inputs) -> Function:
+    def attention(self, problem: Problem, x: Inputs) -> Function:
         return lambda q, k, v: sliding_window_attention(q, k, v, window=problem.window, backend=self.backend)
 
     def prepare(self, problem: Problem, x: Inputs, order: str) -> Work:
@@ -109,7 +72,7 @@ class Own(Contender):
         return lambda: kernels["double_backward"](x.a, x.b, x.c, x.d_o, *given, *kept, *settings, (True,) * 4)
 
 
-class Sdpa(Contender):
+class Sdpa(Attention):
     """scaled_dot_product_attention by torch's fused kernels, with a mask tensor for the window."""
 
     orders: tuple[str, ...] = ("forward", "backward")
@@ -117,7 +80,7 @@ class Sdpa(Contender):
     def __init__(self, *kernels: SDPBackend) -> None:
         self.kernels = list(kernels)
 
-    def function(self, problem: Problem, x: Inputs) -> Function:
+    def attention(self, problem: Problem, x: Inputs) -> Function:
         mask = band(problem.length, problem.length, x.q.device, problem.window) if problem.windowed else None
         return lambda q, k, v: self.attend(q, k, v, mask)
 
@@ -160,7 +123,7 @@ class SdpaTiles(Sdpa):
     def refusal(self, problem: Problem) -> str | None:
         return None if problem.windowed else "without a window one causal call does the same"
 
-    def function(self, problem: Problem, x: Inputs) -> Function:
+    def attention(self, problem: Problem, x: Inputs) -> Function:
         candidates = [self.tiled(problem, size, x.q.device) for size in self.SIZES]
 
         def seconds(candidate: Function) -> float:
@@ -188,13 +151,13 @@ class SdpaTiles(Sdpa):
         return 0
 
 
-class Flex(Contender):
+class Flex(Attention):
     """flex_attention with a block mask, compiled."""
 
     orders = ("forward", "backward")
     compiled = True
 
-    def function(self, problem: Problem, x: Inputs) -> Function:
+    def attention(self, problem: Problem, x: Inputs) -> Function:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         window = problem.window or problem.length
@@ -225,10 +188,9 @@ FUSED = {
     "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-OWN = "ttt_kernels/"
 
 
-def contender(name: str) -> Contender:
+def contender(name: str) -> Attention:
     """The contender of that name."""
     if name.startswith(OWN):
         return Own(name.removeprefix(OWN))

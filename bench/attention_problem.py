@@ -10,19 +10,16 @@ import torch
 from torch import Tensor
 
 from bench.flops import visible_pairs
+from bench.kernel_problem import ORDERS, SLACK, relative_error
 from engine.config import DTYPES
 from ttt_kernels.swa import reference
 
 # Each product is one multiply-add per visible pair, head and element of head_dim. A backward that computes the
 # scores again makes five, a double backward more than twelve: those are not useful.
 PRODUCTS = {"forward": 2, "backward": 4, "double-backward": 12, "all": 18}
-ORDERS = tuple(PRODUCTS)
 
 CHECK_LENGTH = 1024
 TAIL = 128
-# A result may be off by SLACK times what the plain formulas are at the same dtype, and one epsilon of it.
-SLACK = 4.0
-
 
 Truth = tuple[list[Tensor], list[float]]
 """The results of an order, (B, rows, H, D) each, and how far from each one may be."""
@@ -127,12 +124,6 @@ def verdicts(
     """Error and tolerance of each result, compared where the truth has rows."""
     errors = (relative_error(_last(f, r.shape[1]).cpu(), r) for f, r in zip(found, results, strict=True))
     return list(zip(errors, tolerances, strict=True))
-
-
-def relative_error(value: Tensor, truth: Tensor) -> float:
-    """Norm of the difference over the norm of the truth; NaN and infinity count as infinite."""
-    error = float((value.double() - truth).norm() / truth.norm())
-    return error if error < float("inf") else float("inf")
 
 
 def _last(t: Tensor, rows: int) -> Tensor:

@@ -28,12 +28,18 @@ def mean_visible_keys(context: int, window: int | None) -> float:
 def prefill_flops_per_token(config: TTTConfig, context: int) -> float:
     """Operations (two per multiply-add) of reading one token, on average over `context` of them."""
     d, i = config.hidden_size, config.intermediate_size
-    layers, fast = config.num_layers, config.suffix_layers
     w = mean_visible_keys(context, config.window)
-    blocks = 2 * layers * (4 * d * d + 3 * d * i) + 2 * fast * 3 * d * i + 4 * layers * d * w
+    prefix = config.prefix_layers * (2 * (4 * d * d + 3 * d * i) + 4 * d * w)
+    if config.suffix_layers == 0:
+        return prefix + 2 * d * config.vocab_size
+    return prefix + inner_step_flops_per_token(config, w)
+
+
+def inner_step_flops_per_token(config: TTTConfig, w: float) -> float:
+    """Operations that a token costs from the prefix blocks' output to the new fast weights; there are some."""
+    d, i, fast = config.hidden_size, config.intermediate_size, config.suffix_layers
+    blocks = 2 * fast * (4 * d * d + 3 * d * i) + 2 * fast * 3 * d * i + 4 * fast * d * w
     head = 2 * d * config.vocab_size
-    if fast == 0:
-        return blocks + head
     head_input_gradient = 2 * d * config.vocab_size
     input_gradients = 2 * (fast - 1) * (4 * d * d + 6 * d * i) + 8 * (fast - 1) * d * w
     first_input_gradient = 2 * (3 * d * i) + 2 * d * i

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench.child import run_script, serve
+from bench.kernel_contenders import flat
 from bench.memory import PeakMemory, release_memory
 from bench.output import progress
 from bench.timing import repeated_seconds, synchronize
@@ -80,18 +82,30 @@ def _measured(job: Job, order: str, device: torch.device) -> dict[str, Any]:
     results = work()
     synchronize(device)
     extra = memory.peak_bytes()
+    beyond = {}
     verdicts += operator.verdicts(contender.rearrange(results), *truths["whole"][order])
+    if operator.BEYOND_OUTPUTS:
+        beyond = {"extra_beyond_outputs_bytes": max(0, extra - new_bytes(results, flat(x)))}
     results = ()
 
     # The result that comes nearest to its tolerance speaks for all.
     error, tolerance = max(verdicts, key=lambda verdict: verdict[0] / verdict[1])
+    tolerance *= contender.leniency
     found = {"error": error if math.isfinite(error) else None, "tolerance": tolerance}
     if not error <= tolerance:
         return found
     return found | {
         "extra_peak_memory_bytes": extra,
+        **beyond,
         "seconds": repeated_seconds(work, device, job.repeat),
     }
+
+
+def new_bytes(results: Iterable[torch.Tensor], given: Iterable[Any]) -> int:
+    """Bytes of the results themselves, without those that lie in tensors that were given."""
+    known = {t.untyped_storage().data_ptr() for t in given if isinstance(t, torch.Tensor)}
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in results}
+    return sum(size for address, size in held.items() if address not in known)
 
 
 if __name__ == "__main__":

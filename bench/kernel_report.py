@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bench.kernel_ceiling import Ceiling
 from bench.table import format_table, rate, tokens
-
-HEADER = ("contender", "T", "ms", "median", "GFLOP/s", "of products", "extra MiB", "error")
 
 
 def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
@@ -24,19 +23,27 @@ def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
             )
 
 
-def print_report(rows: Sequence[dict[str, Any]], title: str) -> None:
+def print_report(rows: Sequence[dict[str, Any]], title: str, ceiling: Ceiling, column: str) -> None:
     """Prints a block for every order, then ratios, then what was not measured and why."""
     machine = rows[0]["machine"]
     processor = machine.get("gpu", machine["cpu"])
     print(f"\n{processor}, {machine['threads']} threads, {machine['isa']}, torch {machine['torch']}")
-    print(f"{title}; matrix products at best: {rate(rows[0]['peak_flops_per_s'])} GFLOP/s")
+    print(f"{title}; {ceiling.words} at best: {rate(rows[0][ceiling.key])} {ceiling.rate}")
+    # Only where an operator's bar is memory beyond its results.
+    beyond = any("extra_beyond_outputs_bytes" in row for row in rows)
+    header = ("contender", column, "ms", "median", ceiling.rate, ceiling.heading, "extra MiB")
+    header += (("beyond outputs",) if beyond else ()) + ("error",)
     for order in dict.fromkeys(row["order"] for row in rows):
-        block = [_cells(row) for row in rows if row["order"] == order and row["status"] != "skipped"]
+        block = [
+            _cells(row, ceiling, beyond)
+            for row in rows
+            if row["order"] == order and row["status"] != "skipped"
+        ]
         if block:
-            print(f"\n{order}\n\n{format_table(HEADER, block)}")
+            print(f"\n{order}\n\n{format_table(header, block)}")
     ratios = [_ratio(row) for row in rows if "times_faster" in row]
     if ratios:
-        header = ("order", "contender", "T", "baseline", "times faster", "times less memory")
+        header = ("order", "contender", column, "baseline", "times faster", "times less memory")
         print(f"\nagainst the fastest baseline\n\n{format_table(header, ratios)}")
     skipped = [row for row in rows if row["status"] == "skipped"]
     if skipped:
@@ -49,18 +56,19 @@ def _place(row: dict[str, Any]) -> tuple[str, int]:
     return row["order"], row["length"]
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+def _cells(row: dict[str, Any], ceiling: Ceiling, beyond: bool) -> tuple[str, ...]:
     names = (row["contender"], tokens(row["length"]))
     error = "not finite" if row["error"] is None else f"{row['error']:.1e}"
+    memory = ("extra_peak_memory_bytes", "extra_beyond_outputs_bytes")[: 1 + beyond]
     if row["status"] == "wrong":
-        return (*names, "WRONG", "-", "-", "-", "-", f"{error} > {row['tolerance']:.1e}")
+        return (*names, "WRONG", "-", "-", "-", *("-" for _ in memory), f"{error} > {row['tolerance']:.1e}")
     return (
         *names,
         f"{row['seconds_best'] * 1e3:.2f}",
         f"{row['seconds_median'] * 1e3:.2f}",
-        rate(row["flops_per_s"]),
-        f"{row['share_of_peak']:.0%}",
-        f"{row['extra_peak_memory_bytes'] / 2**20:,.1f}",
+        rate(row[f"{ceiling.unit}_per_s"]),
+        f"{row[ceiling.share]:.0%}",
+        *(f"{row[key] / 2**20:,.1f}" for key in memory),
         error,
     )
 

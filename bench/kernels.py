@@ -3,8 +3,10 @@ How fast an operator is at every order: time, useful operations, memory and erro
 
 Results are compared with float64 before anything is timed, and no speed of a wrong result is reported.
 
-An operator is a module with `ORDERS`, `Problem`, `add_arguments`, `problems`, `contenders`, `contender`, `own`,
-`truths`, `verdicts`, `describe_check` and `title`, as kernels_attention.py has them.
+An operator is a module as kernels_swiglu.py is one: `ORDERS`, `CEILING` (what bounds its speed, one of
+kernel_ceiling.py), `COLUMN` (the name of what problems grow in), `BEYOND_OUTPUTS` (whether memory beyond the results is
+told too), `Problem`, `add_arguments`, `problems`, `contenders`,
+`contender`, `own`, `truths`, `verdicts`, `describe_check` and `title`.
 """
 
 from __future__ import annotations
@@ -23,10 +25,20 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from bench import kernels_attention, options
+from bench import (
+    kernels_attention,
+    kernels_clipped_sgd,
+    kernels_inner_step,
+    kernels_linear_ce,
+    kernels_rms_norm,
+    kernels_rope,
+    kernels_swiglu,
+    options,
+)
+from bench.kernel_ceiling import CEILINGS, Ceiling
 from bench.kernel_child import Job, in_child
 from bench.kernel_report import add_ratios, print_report
-from bench.machine import describe, peak_rate
+from bench.machine import describe
 from bench.memory import available_bytes
 from bench.output import progress, write_json
 from bench.plot import check_plot, plot_lengths
@@ -34,7 +46,15 @@ from bench.table import size, tokens
 from engine.config import DTYPES
 from engine.device import checked_device
 
-OPERATORS: dict[str, ModuleType] = {"attention": kernels_attention}
+OPERATORS: dict[str, ModuleType] = {
+    "attention": kernels_attention,
+    "swiglu": kernels_swiglu,
+    "linear_cross_entropy": kernels_linear_ce,
+    "rms_norm": kernels_rms_norm,
+    "rope": kernels_rope,
+    "clipped_sgd": kernels_clipped_sgd,
+    "inner_step": kernels_inner_step,
+}
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
 # The rest is for what was not foreseen, and for others on the machine.
 SHARE_OF_MEMORY = 0.6
@@ -61,7 +81,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             nargs="+",
             choices=operator.ORDERS,
             default=operator.ORDERS,
-            help="what to measure; all is the other three together, through autograd (default: everything)",
+            help="what to measure; all is forward, backward and double-backward together, through autograd "
+            "(default: everything)",
         )
         command.add_argument("--repeat", type=int, default=3, metavar="N", help="timed calls (default: 3)")
         command.add_argument(
@@ -84,31 +105,33 @@ def run(args: argparse.Namespace, operator: ModuleType) -> int:
         check_plot(args.plot)
         if len(problems) < 2:
             raise ValueError("--plot needs two lengths or more")
+    ceiling = CEILINGS[operator.CEILING]
 
     # Before and after: a machine that is shared does not keep one speed.
-    peak = peak_rate(DTYPES[dtype], device)
+    top = ceiling.measure(DTYPES[dtype], device)
     results = [
         (problem, name, order, result)
         for problem in problems
         for name, order, result in measure(operator, problem, names, args, device)
     ]
-    peak = max(peak, peak_rate(DTYPES[dtype], device))
+    top = max(top, ceiling.measure(DTYPES[dtype], device))
     common = {
         "operator": args.operator,
         "device": str(device),
         "repeat": args.repeat,
-        "peak_flops_per_s": peak,
+        ceiling.key: top,
         "machine": describe(device),
     }
     rows = [
-        common | row(operator, problem, name, order, result, peak) for problem, name, order, result in results
+        common | row(operator, problem, name, order, result, ceiling, top)
+        for problem, name, order, result in results
     ]
     add_ratios(rows)
-    print_report(rows, operator.title(problems[0]))
+    print_report(rows, operator.title(problems[0]), ceiling, operator.COLUMN)
     if args.json is not None:
         write_json(args.json, rows)
     if args.plot is not None:
-        plot_lengths(rows, args.plot, operator.title(problems[0]))
+        plot_lengths(rows, args.plot, operator.title(problems[0]), operator.COLUMN)
     bad = [r for r in rows if r["status"] == "wrong" or (r["own"] and r["status"] != "measured")]
     return 1 if bad else 0
 
@@ -156,19 +179,26 @@ def skips(contender: Any, problem: Any, orders: Sequence[str], device: torch.dev
 
 
 def row(
-    operator: ModuleType, problem: Any, name: str, order: str, result: dict[str, Any], peak: float
+    operator: ModuleType,
+    problem: Any,
+    name: str,
+    order: str,
+    result: dict[str, Any],
+    ceiling: Ceiling,
+    top: float,
 ) -> dict[str, Any]:
     """One object of the JSON, beside what all of them have in common."""
     seconds = result.get("seconds")
     status = "skipped" if "reason" in result else "wrong" if seconds is None else "measured"
-    flops = problem.flops(order)
+    useful = ceiling.useful(problem, order)
     found = {
         "contender": name,
         "own": operator.own(name),
         "order": order,
         "status": status,
+        "length": problem.length,
         **asdict(problem),
-        "flops": flops,
+        ceiling.unit: useful,
         "check": operator.describe_check(problem),
         **result,
     }
@@ -177,8 +207,8 @@ def row(
         found |= {
             "seconds_best": best,
             "seconds_median": statistics.median(seconds),
-            "flops_per_s": flops / best,
-            "share_of_peak": flops / best / peak,
+            f"{ceiling.unit}_per_s": useful / best,
+            ceiling.share: useful / best / top,
         }
     return found
 

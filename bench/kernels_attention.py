@@ -6,14 +6,29 @@ import argparse
 
 import torch
 
-from bench import options
-from bench.attention_contenders import FUSED, OWN, contender
-from bench.attention_problem import ORDERS, TAIL, Problem, truths, verdicts
+from bench import kernel_choice, options
+from bench.attention_contenders import FUSED, contender
+from bench.attention_problem import TAIL, Problem, truths, verdicts
+from bench.kernel_contenders import own
+from bench.kernel_problem import ORDERS
 from engine.config import DTYPES
-from ttt_kernels.backends import available
 from ttt_kernels.swa import operator
 
-__all__ = ["ORDERS", "Problem", "contender", "truths", "verdicts"]
+__all__ = [
+    "BEYOND_OUTPUTS",
+    "CEILING",
+    "COLUMN",
+    "ORDERS",
+    "Problem",
+    "contender",
+    "own",
+    "truths",
+    "verdicts",
+]
+
+CEILING = "products"
+COLUMN = "T"
+BEYOND_OUTPUTS = False
 
 BASELINES: dict[str, tuple[str, ...]] = {
     "sdpa": tuple(FUSED),
@@ -38,19 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=12, metavar="N", help="(default: 12)")
     parser.add_argument("--kv-heads", type=int, metavar="N", help="(default: as many as --heads)")
     parser.add_argument("--head-dim", type=int, default=64, metavar="N", help="(default: 64)")
-    parser.add_argument(
-        "--backend",
-        nargs="+",
-        metavar="NAME",
-        help="reference, cpu, ... (default: all but reference that can run there)",
-    )
-    parser.add_argument(
-        "--baselines",
-        nargs="+",
-        metavar="NAME",
-        help=f"what else to measure, of {', '.join(BASELINES)}; or all, or none (default: all, but no flex on a "
-        "CPU). sdpa: torch's fused kernels, with a mask tensor for the window; math: its formulas, which alone "
-        "differentiate twice; tiles: its fused kernel, block by block; flex: flex_attention, compiled",
+    kernel_choice.add_arguments(
+        parser,
+        f"of {', '.join(BASELINES)}; or all, or none (default: all, but no flex on a CPU). sdpa: torch's fused "
+        "kernels, with a mask tensor for the window; math: its formulas, which alone differentiate twice; tiles: "
+        "its fused kernel, block by block; flex: flex_attention, compiled",
     )
 
 
@@ -74,12 +81,7 @@ def problems(args: argparse.Namespace, dtype: str) -> list[Problem]:
 def contenders(args: argparse.Namespace, dtype: str, device: torch.device) -> list[str]:
     """Names, this library's backends first; `ValueError` for a backend or baseline that cannot be used."""
     example = torch.empty(0, 1, 1, args.head_dim, dtype=DTYPES[dtype], device=device)
-    return [*_backends(args.backend, example), *_baselines(args.baselines, device)]
-
-
-def own(name: str) -> bool:
-    """Whether the contender of that name is this library's."""
-    return name.startswith(OWN)
+    return [*kernel_choice.own_names(operator, args.backend, example), *_baselines(args.baselines, device)]
 
 
 def describe_check(problem: Problem) -> dict[str, int | None]:
@@ -110,28 +112,9 @@ def _window(text: str) -> int | None:
         raise ValueError(f"--window={text!r} is not accepted; it is a number of keys, or none") from None
 
 
-def _backends(names: list[str] | None, example: torch.Tensor) -> list[str]:
-    if names is not None:
-        return [OWN + operator.select(name, example) for name in dict.fromkeys(names)]
-    serving = []
-    for name in available():
-        refusal = operator.refusals.get(name)
-        if name != "reference" and not (refusal and refusal((example,))):
-            serving.append(name)
-    return [OWN + name for name in serving or ["reference"]]
-
-
 def _baselines(names: list[str] | None, device: torch.device) -> list[str]:
-    if names is None:
-        chosen = DEFAULT_BASELINES.get(device.type, tuple(BASELINES))
-    else:
-        chosen = tuple(dict.fromkeys(names))
-        chosen = tuple(BASELINES) if chosen == ("all",) else () if chosen == ("none",) else chosen
-    for name in chosen:
-        if name not in BASELINES:
-            raise ValueError(
-                f"--baselines: {name!r} is unknown; accepted: {', '.join(BASELINES)}; all or none"
-            )
-    found = [full for name in chosen for full in BASELINES[name]]
+    found = kernel_choice.baseline_names(
+        names, BASELINES, DEFAULT_BASELINES.get(device.type, tuple(BASELINES))
+    )
     # A CPU has one of torch's fused kernels only.
     return [name for name in found if device.type != "cpu" or name not in ("sdpa-efficient", "sdpa-cudnn")]

@@ -53,7 +53,7 @@ def plot_positions(runs: Sequence[Mapping[str, Any]], path: str, title: str) -> 
     _save(figure, path)
 
 
-def plot_lengths(rows: Sequence[Mapping[str, Any]], path: str, title: str) -> None:
+def plot_lengths(rows: Sequence[Mapping[str, Any]], path: str, title: str, column: str) -> None:
     """Writes a picture of time and of memory over length: a color per contender, a line style per order."""
     import matplotlib
 
@@ -78,7 +78,9 @@ def plot_lengths(rows: Sequence[Mapping[str, Any]], path: str, title: str) -> No
             panels[1].plot(lengths, memory, **look)
     ticks = sorted({row["length"] for row in measured})
     for axes, label in zip(panels, ("time (ms)", "extra peak memory (MiB)"), strict=True):
-        axes.set(xlabel="length T", ylabel=label, xscale="log", yscale="log")
+        axes.set(
+            xlabel=f"length {column}" if column == "T" else column, ylabel=label, xscale="log", yscale="log"
+        )
         axes.set_xticks(ticks, [tokens(tick) for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
