@@ -112,7 +112,8 @@ def inner_gradient(
         Those of all fast matrices in the masters' dtype, block by block (gate, up, down), (B, ...) each.
         Differentiable with respect to everything where a graph is recorded.
     """
-    total = counted(targets, config).sum(-1).clamp_min(1.0)
+    wide = torch.promote_types(read.d_hidden.dtype, torch.float32)
+    total = counted(targets, config).sum(-1).clamp_min(1.0).to(wide)
     d_hidden = read.d_hidden * (1.0 / total)[:, None, None].to(read.d_hidden.dtype)
     d_out = ops.norm_backward(d_hidden, read.out, weights.final_norm, read.rstd)
     grads = suffix_backward(ops, weights.suffix, fast.copies, read.tapes, d_out, config.window)
