@@ -23,7 +23,10 @@ def _results(gate: Tensor, like: Tensor, wanted: Sequence[bool]) -> list[_Option
 class _Passes:
     """As `products.Passes`."""
 
-    def forward(self, gate: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, w_gate: Tensor, w_up: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up = products.gate_and_up(x, w_gate, w_up)
         hidden = torch.empty_like(gate)
         kept = () if gate.dtype == dtype else tuple(torch.empty_like(gate, dtype=dtype) for _ in range(2))
         kernels().swiglu_forward(
