@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ttt_kernels import checks, tangents
-from ttt_kernels.backends import in_transform, refuse_on_cpu
+from ttt_kernels.backends import in_transform, refuse_on_cpu, refuse_on_triton
 from ttt_kernels.extension import compute_dtype
 from ttt_kernels.jvp import twin
-from ttt_kernels.linear_ce import cpu, reference, targets
+from ttt_kernels.linear_ce import cpu, reference, targets, triton
 from ttt_kernels.registry import Operator
 
 Reduction = Literal["none", "sum", "mean"]
@@ -38,8 +38,13 @@ operator = Operator(
             "double_backward": reference.double_backward,
         },
         "cpu": {"forward": cpu.forward, "backward": cpu.backward, "double_backward": cpu.double_backward},
+        "triton": {
+            "forward": triton.forward,
+            "backward": triton.backward,
+            "double_backward": triton.double_backward,
+        },
     },
-    refusals={"cpu": refuse_on_cpu},
+    refusals={"cpu": refuse_on_cpu, "triton": refuse_on_triton},
 )
 """The loss of every row as a registered operator, x (N, d) and target (N,).
 

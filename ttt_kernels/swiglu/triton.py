@@ -83,7 +83,7 @@ class _Passes:
     ) -> tuple[Tensor, Tensor, Tensor]:
         from ttt_kernels.swiglu import triton_products
 
-        rows, columns = x.shape[-2], w_gate.shape[-2]
+        rows, width, columns = x.shape[-2], x.shape[-1], w_gate.shape[-2]
         shape = (*x.shape[:-1], columns)
         hidden, gate, up = x.new_empty(shape), x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
         if hidden.numel() == 0:
@@ -93,7 +93,8 @@ class _Passes:
         sequences = x.shape[0] if x.dim() == 3 else 1
         triton_products.gate_and_up[(sequences * tiles,)](
             t_x=_located(x), t_wg=_located(w_gate), t_wu=_located(w_up), p_hidden=hidden, p_gate=gate,
-            p_up=up, rows=rows, columns=columns, D=x.shape[-1], **sizes, **config.options(),
+            p_up=up, rows=rows, columns=columns, width=width, ALIGNED=columns % 16 == width % 16 == 0,
+            WHOLE=width % sizes["BK"] == 0, **sizes, **config.options(),
         )  # fmt: skip
         return hidden, gate, up
 

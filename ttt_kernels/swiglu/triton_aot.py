@@ -37,12 +37,14 @@ def cases(arch: int) -> list[Case]:
     """All kernels for an architecture (80 is sm_80); a variant such as `bf16 -p_dh` lacks that tensor."""
     found = _passes()
     for dtype, kind in _TYPES.items():
-        for d in (1024, 80):
+        for aligned, whole in ((True, True), (True, False), (False, False)):
             tensors = dict.fromkeys(("t_x", "t_wg", "t_wu"), (f"*{kind}", "i32", "i32"))
             results = dict.fromkeys(("p_hidden", "p_gate", "p_up"), f"*{kind}")
-            given = {**tensors, **results, "rows": "i32", "columns": "i32", "D": Constant(d)}
+            sizes = dict.fromkeys(("rows", "columns", "width"), "i32")
+            given = {**tensors, **results, **sizes, "ALIGNED": Constant(aligned), "WHOLE": Constant(whole)}
+            variant = kind if whole else f"{kind} part" if aligned else f"{kind} odd"
             found += [
-                Case("swiglu.gate_and_up", f"{kind} {d}", triton_products.gate_and_up, given, config,
+                Case("swiglu.gate_and_up", variant, triton_products.gate_and_up, given, config,
                      dtype != torch.float32)
                 for config in of_products(dtype, arch) if config != SEPARATE
             ]  # fmt: skip
