@@ -136,7 +136,9 @@ def linear_cross_entropy_jvp(
 
 
 def _check_targets(target: Tensor, weight: Tensor, ignore_index: int) -> None:
-    """Looks at the values where there are any to look at: not while a call is traced or transformed."""
+    """Looks at the values where there are any to look at: not while a call is traced, transformed or captured."""
+    if target.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
     if not torch.compiler.is_compiling() and not in_transform((target, weight)):
         targets.check(target, weight.shape[0], ignore_index)
 

@@ -21,8 +21,8 @@ def _tiles(rows: int, columns: int, inner: int, warps: int, stages: int, ptxas: 
 
 
 _INTERPRETED = (_tiles(16, 32, 16, 1, 1),)
-_BLACKWELL = (_tiles(128, 64, 64, 8, 4), _tiles(64, 128, 64, 4, 3), _tiles(64, 64, 64, 4, 3))
-_HOPPER = (_tiles(128, 128, 64, 8, 3), _tiles(128, 64, 64, 4, 3), *_BLACKWELL)
+_NARROW = (_tiles(128, 64, 64, 8, 4), _tiles(64, 64, 64, 4, 3))
+_HOPPER = (_tiles(128, 128, 64, 16, 3), *_NARROW)
 _AMPERE = (_tiles(128, 64, 32, 8, 3), _tiles(64, 64, 32, 4, 3))
 """For devices before Hopper, where factors of products are in registers."""
 _WIDE = (_tiles(64, 64, 16, 8, 1),)
@@ -35,5 +35,5 @@ def of_products(dtype: torch.dtype, capability: int) -> tuple[Config, ...]:
     """
     if interpreted():
         return _INTERPRETED
-    narrow = _BLACKWELL if capability >= 100 else _HOPPER if capability >= 90 else _AMPERE
+    narrow = _NARROW if capability >= 100 else _HOPPER if capability >= 90 else _AMPERE
     return (SEPARATE, *(_WIDE if dtype == torch.float32 else narrow))
