@@ -58,9 +58,7 @@ class _Passes:
     ) -> None:
         from ttt_kernels.linear_ce import triton_kernels
 
-        _run(
-            triton_kernels.mean, block, p_along=along, p_own=own, p_lse=lse, p_mean=mean, p_picked=picked
-        )
+        _run(triton_kernels.mean, block, p_along=along, p_own=own, p_lse=lse, p_mean=mean, p_picked=picked)
 
     def second(self, block: Block, along: Block, own: Tensor, lse: Tensor, mean: Tensor, d: Tensor) -> None:
         from ttt_kernels.linear_ce import triton_kernels

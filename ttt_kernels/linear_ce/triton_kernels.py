@@ -106,9 +106,7 @@ def online(
 
 
 @triton.jit(do_not_specialize=["first", "cols"])
-def d_logits(
-    p_logits, p_factor, p_own, p_lse, p_d, first, cols, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
-):
+def d_logits(p_logits, p_factor, p_own, p_lse, p_d, first, cols, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """dl = d (P - Y)."""
     row = tl.program_id(0).to(tl.int64)
     cols = _length(cols, ALIGNED)

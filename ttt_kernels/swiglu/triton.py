@@ -85,7 +85,11 @@ class _Passes:
 
         rows, width, columns = x.shape[-2], x.shape[-1], w_gate.shape[-2]
         shape = (*x.shape[:-1], columns)
-        hidden, gate, up = x.new_empty(shape), x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+        hidden, gate, up = (
+            x.new_empty(shape),
+            x.new_empty(shape, dtype=dtype),
+            x.new_empty(shape, dtype=dtype),
+        )
         if hidden.numel() == 0:
             return hidden, gate, up
         sizes = dict(config.sizes)
