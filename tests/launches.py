@@ -56,7 +56,7 @@ def swiglu(dtype: torch.dtype, sequences: int | None, rows: int, d: int, columns
     x, w_down = torch.zeros(*own, rows, d, dtype=dtype), torch.zeros(*own, d, columns, dtype=dtype)
     inputs = (x, w_down.mT.contiguous(), w_down.mT, w_down)
     passes = of_swiglu._Passes()
-    for config in triton_configs.of_products(dtype, 90)[1:]:
+    for config in triton_configs.of_products(dtype, d, columns, 90)[1:]:
         passes._fused(config, x, *inputs[1:3], dtype)
     passes._separate(x, *inputs[1:3], dtype)
     passes._separate(x, *inputs[1:3], torch.float16)

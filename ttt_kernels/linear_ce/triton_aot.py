@@ -30,7 +30,7 @@ def _arguments(kernel: Any, kind: str, aligned: bool) -> dict[str, Any]:
 
 def cases(arch: int) -> list[Case]:
     """All kernels for an architecture (80 is sm_80); variants are named after the factors' type."""
-    found = []
+    found: list[Case] = []
 
     def add(name: str, variant: str, arguments: dict[str, Any], *chosen: Config) -> None:
         found.extend(

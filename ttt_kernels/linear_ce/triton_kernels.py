@@ -99,8 +99,8 @@ def online(
     tl.store(p_sum + row, tl.load(p_sum + row) * decay + (others + tl.exp(at - zero)))
     tl.store(p_others + row, tl.load(p_others + row) * decay + others)
     if p_acc is not None:
+        p_sums = p_acc + row * width
         if decay < 1:
-            p_sums = p_acc + row * width
             for start in tl.range(0, width, BLOCK):
                 _store(p_sums, _load(p_sums, start, width, 0.0, BLOCK) * decay, start, width, BLOCK)
 

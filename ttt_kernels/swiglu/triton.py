@@ -54,7 +54,7 @@ class _Passes:
     def forward(
         self, x: Tensor, w_gate: Tensor, w_up: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows, d, columns = x.shape[-2], x.shape[-1], w_gate.shape[-2]
+        (rows, d), columns = x.shape[-2:], w_gate.shape[-2]
         found: list[Tensor] = []
 
         def launch(config: Config) -> None:
@@ -62,8 +62,9 @@ class _Passes:
             found[:] = way(x, w_gate, w_up, dtype)
 
         key = (x.dtype, dtype, d, columns, "batched" if x.dim() == 3 else "shared", _amount(rows))
+        choices = of_products(x.dtype, d, columns, tuning.capability(x.device))
         with on(x.device):
-            tuning.run("swiglu.forward", key, of_products(x.dtype, tuning.capability(x.device)), launch)
+            tuning.run("swiglu.forward", key, choices, launch)
         hidden, gate, up = found
         return hidden, gate, up
 
@@ -83,7 +84,7 @@ class _Passes:
     ) -> tuple[Tensor, Tensor, Tensor]:
         from ttt_kernels.swiglu import triton_products
 
-        rows, width, columns = x.shape[-2], x.shape[-1], w_gate.shape[-2]
+        (rows, width), columns = x.shape[-2:], w_gate.shape[-2]
         shape = (*x.shape[:-1], columns)
         hidden, gate, up = (
             x.new_empty(shape),
@@ -97,7 +98,7 @@ class _Passes:
         sequences = x.shape[0] if x.dim() == 3 else 1
         triton_products.gate_and_up[(sequences * tiles,)](
             t_x=_located(x), t_wg=_located(w_gate), t_wu=_located(w_up), p_hidden=hidden, p_gate=gate,
-            p_up=up, rows=rows, columns=columns, width=width, ALIGNED=columns % 16 == width % 16 == 0,
+            p_up=up, rows=rows, columns=columns, width=width,
             WHOLE=width % sizes["BK"] == 0, **sizes, **config.options(),
         )  # fmt: skip
         return hidden, gate, up

@@ -37,15 +37,15 @@ def cases(arch: int) -> list[Case]:
     """All kernels for an architecture (80 is sm_80); a variant such as `bf16 -p_dh` lacks that tensor."""
     found = _passes()
     for dtype, kind in _TYPES.items():
-        for aligned, whole in ((True, True), (True, False), (False, False)):
+        for whole in (True, False):
             tensors = dict.fromkeys(("t_x", "t_wg", "t_wu"), (f"*{kind}", "i32", "i32"))
             results = dict.fromkeys(("p_hidden", "p_gate", "p_up"), f"*{kind}")
             sizes = dict.fromkeys(("rows", "columns", "width"), "i32")
-            given = {**tensors, **results, **sizes, "ALIGNED": Constant(aligned), "WHOLE": Constant(whole)}
-            variant = kind if whole else f"{kind} part" if aligned else f"{kind} odd"
+            given = {**tensors, **results, **sizes, "WHOLE": Constant(whole)}
+            variant = kind if whole else f"{kind} part"
             found += [
                 Case("swiglu.gate_and_up", variant, triton_products.gate_and_up, given, config,
                      dtype != torch.float32)
-                for config in of_products(dtype, arch) if config != SEPARATE
+                for config in of_products(dtype, 64, 64, arch) if config != SEPARATE
             ]  # fmt: skip
     return found

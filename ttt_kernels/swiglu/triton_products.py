@@ -47,16 +47,15 @@ def _load(p_first, b_step, left, MASKED: tl.constexpr, AXIS: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "columns", "width"])
 def gate_and_up(
     t_x, t_wg, t_wu, p_hidden, p_gate, p_up, rows, columns, width,
-    ALIGNED: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """G = x Wg^T and U = x Wu^T of (B, rows, width) and (B, columns, width), and H = silu(G) U before they are rounded.
 
-    ALIGNED: columns and width are multiples of 16. WHOLE: width is one of BK.
+    columns and width are multiples of 16. WHOLE: width is one of BK.
     """
-    if ALIGNED:
-        # The same numbers, but the compiler sees what divides them, and makes accesses of 16 bytes.
-        columns = columns // 16 * 16
-        width = width // 16 * 16
+    # The same numbers, but the compiler sees what divides them, and makes accesses of 16 bytes.
+    columns = columns // 16 * 16
+    width = width // 16 * 16
     sequence, i, j = _place(rows, columns, BM, BN)
     b_k = tl.arange(0, BK)
     p_x = _first(t_x, sequence, i)
