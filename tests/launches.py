@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ttt_kernels import tuning
+from ttt_kernels import matmul, tuning
 from ttt_kernels.linear_ce import triton as of_cross_entropy
 from ttt_kernels.linear_ce.blockwise import Block
 from ttt_kernels.swa import triton as kernels
@@ -110,11 +110,13 @@ if __name__ == "__main__":
     device.get_current_target.return_value = GPUTarget("cuda", 90, 32)
     device.get_current_device.return_value = 0
     driver.set_active(device)
-    warm_up = lambda kernel, grid: lambda **given: kernel.warmup(grid=grid, **given)  # noqa: E731
+    warm_up = lambda kernel, grid: lambda *given, **named: kernel.warmup(*given, grid=grid, **named)  # noqa: E731
     with (
         patch.object(JITFunction, "__getitem__", warm_up),
         patch.object(tuning, "run", first),
         patch.object(tuning, "capability", lambda _: 90),
+        # On a GPU products have the type of their factors.
+        patch.object(matmul, "has_native", lambda _: True),
     ):
         main()
     print("launched")
