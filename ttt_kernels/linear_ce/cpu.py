@@ -7,6 +7,7 @@ from torch import Tensor
 from ttt_kernels.extension import dtype_code, kernels
 from ttt_kernels.linear_ce import blockwise
 from ttt_kernels.linear_ce.blockwise import Block
+from ttt_kernels.registry import Kernel
 
 
 def _located(block: Block) -> tuple[int, int, int, int, int]:
@@ -54,6 +55,6 @@ class _Passes:
         )  # fmt: skip
 
 
-forward = partial(blockwise.forward, _Passes())
-backward = partial(blockwise.backward, _Passes())
-double_backward = partial(blockwise.double_backward, _Passes())
+forward: Kernel = partial(blockwise.forward, _Passes())
+backward: Kernel = partial(blockwise.backward, _Passes())
+double_backward: Kernel = partial(blockwise.double_backward, _Passes())

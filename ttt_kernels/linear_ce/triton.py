@@ -11,6 +11,7 @@ from torch import Tensor
 from ttt_kernels.linear_ce import blockwise
 from ttt_kernels.linear_ce.blockwise import Block
 from ttt_kernels.linear_ce.triton_configs import config
+from ttt_kernels.registry import Kernel
 from ttt_kernels.triton_launch import on
 
 
@@ -69,6 +70,6 @@ class _Passes:
         )  # fmt: skip
 
 
-forward = partial(blockwise.forward, _Passes())
-backward = partial(blockwise.backward, _Passes())
-double_backward = partial(blockwise.double_backward, _Passes())
+forward: Kernel = partial(blockwise.forward, _Passes())
+backward: Kernel = partial(blockwise.backward, _Passes())
+double_backward: Kernel = partial(blockwise.double_backward, _Passes())

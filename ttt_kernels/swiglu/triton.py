@@ -75,9 +75,12 @@ class _Passes:
 
         gate, up = products.gate_and_up(x, w_gate, w_up)
         hidden = torch.empty_like(gate)
-        kept = () if gate.dtype == dtype else tuple(torch.empty_like(gate, dtype=dtype) for _ in range(2))
-        _run(triton_kernels.forward, gate, gate, up, hidden, *(kept or (None, None)))
-        return (hidden, *(kept or (gate, up)))
+        if gate.dtype == dtype:
+            _run(triton_kernels.forward, gate, gate, up, hidden, None, None)
+            return hidden, gate, up
+        kept_gate, kept_up = (torch.empty_like(gate, dtype=dtype) for _ in range(2))
+        _run(triton_kernels.forward, gate, gate, up, hidden, kept_gate, kept_up)
+        return hidden, kept_gate, kept_up
 
     def _fused(
         self, config: Config, x: Tensor, w_gate: Tensor, w_up: Tensor, dtype: torch.dtype
