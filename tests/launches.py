@@ -1,4 +1,4 @@
-"""Launches attention's Triton kernels as for a GPU of sm_90, up to machine code: `python tests/launches.py`.
+"""Launches Triton kernels as for a GPU of sm_90, up to machine code: `python tests/launches.py`.
 
 What a real launch does with its arguments (numbers that are 1, tensors that are missing, strides) happens neither in
 the interpreter nor in compilation from given types. No GPU is needed: Triton is told of one that is not there.
@@ -16,8 +16,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ttt_kernels import tuning
+from ttt_kernels import matmul, tuning
+from ttt_kernels.linear_ce import triton as of_cross_entropy
+from ttt_kernels.linear_ce.blockwise import Block
 from ttt_kernels.swa import triton as kernels
+from ttt_kernels.swiglu import triton as of_swiglu
+from ttt_kernels.swiglu import triton_configs
 
 Needs = tuple[bool, ...]
 
@@ -46,7 +50,46 @@ def launch(
     kernels.double_backward(*seconds, d_o, *call, *saved, needs)
 
 
+def swiglu(dtype: torch.dtype, sequences: int | None, rows: int, d: int, columns: int, needs: Needs) -> None:
+    """All orders of SwiGLU, for weights of every sequence or shared ones, with some results wanted."""
+    own = () if sequences is None else (sequences,)
+    x, w_down = torch.zeros(*own, rows, d, dtype=dtype), torch.zeros(*own, d, columns, dtype=dtype)
+    inputs = (x, w_down.mT.contiguous(), w_down.mT, w_down)
+    passes = of_swiglu._Passes()
+    for config in triton_configs.of_products(dtype, d, columns, 90)[1:]:
+        passes._fused(config, x, *inputs[1:3], dtype)
+    passes._separate(x, *inputs[1:3], dtype)
+    passes._separate(x, *inputs[1:3], torch.float16)
+    saved = torch.zeros(*own, rows, columns, dtype=dtype)
+    of_swiglu.backward(x, *inputs, saved, saved, needs[:4])
+    seconds = [t if need else None for t, need in zip(inputs, needs, strict=False)]
+    of_swiglu.double_backward(*seconds, x, *inputs, saved, saved, needs)
+
+
+def linear_ce(factor: torch.dtype, rows: int, cols: int, first_class: int) -> None:
+    """All passes of cross-entropy over a block with float32 logits, and factors of their own unless float32 too."""
+    logits = torch.zeros(rows, cols)
+    factors = logits if factor == torch.float32 else torch.zeros(rows, cols, dtype=factor)
+    block = Block(slice(first_class, first_class + cols), logits, logits, factors)
+    own, row, passes = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows), of_cross_entropy._Passes()
+    for acc in (None, torch.zeros(rows, 24)):
+        passes.online(block, own, row, row, row, row, acc)
+    passes.d_logits(block, own, row, row)
+    passes.mean(block, logits, own, row, row, row)
+    passes.second(block, block, own, row, row, row)
+
+
+def swiglu_and_linear_ce() -> None:
+    swiglu(torch.bfloat16, 2, 3, 32, 48, (True,) * 5)
+    swiglu(torch.float16, None, 1, 1, 1, (False, True, False, True, True))
+    swiglu(torch.float32, 1, 20, 24, 16, (True, False, True, False, False))
+    linear_ce(torch.bfloat16, 2, 4096 + 64, 0)
+    linear_ce(torch.float16, 1, 1, 1)
+    linear_ce(torch.float32, 3, 37, 2**31)
+
+
 def main() -> None:
+    swiglu_and_linear_ce()
     launch(torch.bfloat16, (2, 20, 30, 4, 2, 64), key_lengths=torch.tensor([3, 30]))
     launch(
         torch.bfloat16, (1, 20, 20, 1, 1, 1), window=1, cu_seqlens=torch.tensor([0, 9, 20]).int(), key_start=1
@@ -67,11 +110,13 @@ if __name__ == "__main__":
     device.get_current_target.return_value = GPUTarget("cuda", 90, 32)
     device.get_current_device.return_value = 0
     driver.set_active(device)
-    warm_up = lambda kernel, grid: lambda **given: kernel.warmup(grid=grid, **given)  # noqa: E731
+    warm_up = lambda kernel, grid: lambda *given, **named: kernel.warmup(*given, grid=grid, **named)  # noqa: E731
     with (
         patch.object(JITFunction, "__getitem__", warm_up),
         patch.object(tuning, "run", first),
         patch.object(tuning, "capability", lambda _: 90),
+        # On a GPU products have the type of their factors.
+        patch.object(matmul, "has_native", lambda _: True),
     ):
         main()
     print("launched")

@@ -1,4 +1,4 @@
-"""Breaks attention in one place at a time and demands that a test fails: `python tests/mutations.py`.
+"""Breaks kernels in one place at a time and demands that a test fails: `python tests/mutations.py`.
 
 Works on a copy. Every mutation names the test that must catch it; one that survives ends the run with status 1.
 Needs pybind11 and a C++ compiler beside what the tests need; takes about half an hour on two cores. Arguments choose
@@ -29,6 +29,11 @@ T_TILES, T_VISIBLE, T_FORWARD, T_BACKWARD, T_DOUBLE = (
 )
 CASE = "test_within_budget_in_float32 and "
 SMALL, GROUPS, PACKED = CASE + "everything", CASE + "groups", CASE + "short"
+S_PASS, S_PRODUCTS, L_PASS = (
+    f"ttt_kernels/{name}.py"
+    for name in ("swiglu/triton_kernels", "swiglu/triton_products", "linear_ce/triton_kernels")
+)
+S_SMALL, L_SMALL = "test_within_budget_in_float32", "test_within_budget and float32"
 LAST, ABSENT = "test_gradients_of_the_last_keys_only", "test_queries_without_keys_and_what_lies_there"
 
 
@@ -42,8 +47,10 @@ class Mutation(NamedTuple):
     test: str
 
     def module(self) -> str:
-        """The file of the test."""
-        return "tests/test_swa_triton.py" if "triton" in self.file else "tests/test_swa.py"
+        """The file of the test: its operator's, whose folder the file is in or whose name its name begins with."""
+        parts = Path(self.file).parts
+        operator = parts[1] if parts[0] == "ttt_kernels" else parts[-1].split("_")[0]
+        return f"tests/test_{operator}{'_triton' if 'triton' in self.file else ''}.py"
 
 
 MUTATIONS = (
@@ -138,6 +145,29 @@ MUTATIONS = (
              "p_first", LAST),
     Mutation("Triton: a column too many in pieces", T_TILES, "m_column = (b_column < D)[None, :]",
              "m_column = (b_column < D + 1)[None, :]", "test_within_budget_in_16_bits or " + SMALL),
+    Mutation("Triton: swiglu's slope loses its second term", S_PASS, "b_dh * b_u * (b_s + b_silu * (1 - b_s))",
+             "b_dh * b_u * b_s", S_SMALL),
+    Mutation("Triton: swiglu's curvature", S_PASS, "2 + b_g * (b_rest - b_s)", "2 + b_g * b_rest", S_SMALL),
+    Mutation("Triton: swiglu's cotangent of G loses H's", S_PASS, " + b_hbar * b_slope * b_u", "", S_SMALL),
+    Mutation("Triton: swiglu's cotangent of U loses dH's", S_PASS, "b_dh * b_slope * b_tg + b_hbar", "b_hbar",
+             S_SMALL),
+    Mutation("Triton: swiglu reads x of the first sequence", S_PRODUCTS, "sequence.to(tl.int64) * t[1]",
+             "sequence.to(tl.int64) * 0", S_SMALL),
+    Mutation("Triton: swiglu sums what is behind a row", S_PRODUCTS, "mask=b_k < left", "mask=b_k < left + 1",
+             S_SMALL),
+    Mutation("Triton: swiglu's tiles are not as tall at the end", S_PRODUCTS, "tl.minimum(down - top, _TALL)", "_TALL",
+             "test_tiles_in_every_place"),
+    Mutation("Triton: the loss's sums do not decay", L_PASS, "tl.load(p_sum + row) * decay", "tl.load(p_sum + row)",
+             "test_online"),
+    Mutation("Triton: the slope's sums do not decay", L_PASS, "0.0, BLOCK) * decay", "0.0, BLOCK)",
+             "test_online"),
+    Mutation("Triton: the target is among the others", L_PASS, "== own, 0.0, b_p)", "== own, b_p, b_p)", L_SMALL),
+    Mutation("Triton: the loss reads behind a row", L_PASS, "mask=b_column < cols, other",
+             "mask=b_column <= cols, other", L_SMALL),
+    Mutation("Triton: the loss's mean is forgotten", L_PASS, "(b_along - middle)", "b_along", L_SMALL),
+    Mutation("Triton: P - 1 cancels", L_PASS, "tl.abs(x) < 0.35", "tl.abs(x) < 0.0", "test_a_certain_target"),
+    Mutation("Triton: a row of -inf", L_PASS, "tl.where(top == _NONE, 0.0, top)", "top",
+             "test_logits_of_minus_infinity"),
     Mutation("Triton: a column too many", T_TILES, "(b_column < D)[None, :]\n    return tl.load(_row",
              "(b_column < D + 1)[None, :]\n    return tl.load(_row", SMALL),
 )  # fmt: skip

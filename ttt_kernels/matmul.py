@@ -63,6 +63,8 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b in place for matrices that are operands, total being at least as wide as they are."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
+    elif a.is_cuda:
+        total.add_(torch.mm(a, b, out_dtype=total.dtype))
     else:
         total.add_(torch.mm(a, b))
 

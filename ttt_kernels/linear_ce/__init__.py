@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ttt_kernels import checks, tangents
-from ttt_kernels.backends import in_transform, refuse_on_cpu
+from ttt_kernels.backends import in_transform, refuse_on_cpu, refuse_on_triton
 from ttt_kernels.extension import compute_dtype
 from ttt_kernels.jvp import twin
-from ttt_kernels.linear_ce import cpu, reference, targets
+from ttt_kernels.linear_ce import cpu, reference, targets, triton
 from ttt_kernels.registry import Operator
 
 Reduction = Literal["none", "sum", "mean"]
@@ -38,8 +38,13 @@ operator = Operator(
             "double_backward": reference.double_backward,
         },
         "cpu": {"forward": cpu.forward, "backward": cpu.backward, "double_backward": cpu.double_backward},
+        "triton": {
+            "forward": triton.forward,
+            "backward": triton.backward,
+            "double_backward": triton.double_backward,
+        },
     },
-    refusals={"cpu": refuse_on_cpu},
+    refusals={"cpu": refuse_on_cpu, "triton": refuse_on_triton},
 )
 """The loss of every row as a registered operator, x (N, d) and target (N,).
 
@@ -131,7 +136,9 @@ def linear_cross_entropy_jvp(
 
 
 def _check_targets(target: Tensor, weight: Tensor, ignore_index: int) -> None:
-    """Looks at the values where there are any to look at: not while a call is traced or transformed."""
+    """Looks at the values where there are any to look at: not while a call is traced, transformed or captured."""
+    if target.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
     if not torch.compiler.is_compiling() and not in_transform((target, weight)):
         targets.check(target, weight.shape[0], ignore_index)
 

@@ -244,9 +244,11 @@ def _product_rows(out: Tensor, part: slice, *pairs: tuple[Tensor, Tensor]) -> No
     """out[part] = the sum of l^T x over pairs (l, x) of operands, rounded once to out's type."""
     rows = out[part]
     (first, x), *rest = pairs
-    direct = rows.dtype == x.dtype
-    total = torch.mm(first.t(), x, out=rows) if direct else torch.mm(first.t(), x)
+    wide = compute_dtype(x.dtype) if x.is_cuda else x.dtype
+    direct = rows.dtype == wide or (x.is_cuda and not rest)
+    total = rows if direct else x.new_empty(rows.shape, dtype=wide)
+    multiply_into(total, first.t(), x)
     for other, y in rest:
-        total.addmm_(other.t(), y)
+        accumulate(total, other.t(), y)
     if not direct:
         rows.copy_(total)

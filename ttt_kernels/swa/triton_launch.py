@@ -1,6 +1,5 @@
 """What the launches of attention's Triton kernels share: their arguments, and how many programs there are."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from ttt_kernels import tuning
 from ttt_kernels.swa.triton_configs import configs, pieces
 from ttt_kernels.swa.visible import first_keys
+from ttt_kernels.triton_launch import on
 from ttt_kernels.tuning import Config
 
 _WIDEST_TILE = 256
@@ -81,7 +81,7 @@ class Call:
 
         choices = configs(name, head_dim, self.dtype, tuning.capability(self.device))
         missing = [label for label, value in given.items() if value is None]
-        with _on(self.device):
+        with on(self.device):
             tuning.run(f"swa.{name}", (*self.key, *missing), choices, launch)
 
 
@@ -94,7 +94,3 @@ _MANY = 128
 def _span(window: int) -> str:
     """How many tiles of keys a block of queries visits, roughly."""
     return "short" if window <= 256 else "middle" if window <= 1024 else "long"
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -11,8 +11,8 @@ each product loads a piece at a time: held in registers, several tensors of wide
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-"""Whether kernels are interpreted on the processor (TRITON_INTERPRET=1)."""
+from ttt_kernels.triton_values import INTERPRETED, dot, narrow
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -178,27 +178,6 @@ def store_statistic(p_x, b_x, start, high, ROWS: tl.constexpr):
 
 
 @triton.jit
-def narrow(b_x, dtype: tl.constexpr):
-    """float32 values rounded to the nearest of `dtype`."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        # The interpreter of Triton 3.6 to 3.9 cuts the low half off instead.
-        b_bits = b_x.to(tl.uint32, bitcast=True)
-        b_bits = b_bits + 0x7FFF + ((b_bits >> 16) & 1)
-        return (b_bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return b_x.to(dtype)
-
-
-@triton.jit
-def _dot(b_x, b_y, b_sum):
-    """b_sum + b_x @ b_y in float32, never tf32."""
-    if INTERPRETED:
-        # The interpreter multiplies the bits of bfloat16 as integers.
-        b_x = b_x.to(tl.float32)
-        b_y = b_y.to(tl.float32)
-    return tl.dot(b_x, b_y, b_sum, input_precision="ieee")
-
-
-@triton.jit
 def _computed(b_x):
     """b_x, made before anything that follows: LLVM puts the arithmetic of all products of a tile behind their loads."""
     if INTERPRETED:
@@ -218,10 +197,10 @@ def add_product_t(b_sum, b_x, b_y, D: tl.constexpr):
     if in_memory(b_x[0].dtype):
         for first in tl.range(0, D, 16):
             b_left = _load_columns(b_x, first, b_sum.shape[0], D)
-            b_sum = _dot(b_left, tl.trans(_load_columns(b_y, first, b_sum.shape[1], D)), b_sum)
+            b_sum = dot(b_left, tl.trans(_load_columns(b_y, first, b_sum.shape[1], D)), b_sum)
     else:
         for i in tl.static_range(len(b_x)):
-            b_sum = _dot(b_x[i], tl.trans(b_y[i]), b_sum)
+            b_sum = dot(b_x[i], tl.trans(b_y[i]), b_sum)
     return b_sum
 
 
@@ -231,12 +210,12 @@ def add_product(b_sum, b_w, b_x, D: tl.constexpr, FIRST: tl.constexpr = 0):
     b_out = ()
     if in_memory(b_x[0].dtype):
         for i in tl.static_range(len(b_sum)):
-            b_product = _dot(b_w, _load_columns(b_x, 16 * (FIRST + i), b_w.shape[1], D), b_sum[i])
+            b_product = dot(b_w, _load_columns(b_x, 16 * (FIRST + i), b_w.shape[1], D), b_sum[i])
             b_out = b_out + (_computed(b_product),)
     else:
         b_w = narrow(b_w, b_x[0].dtype)
         for i in tl.static_range(len(b_sum)):
-            b_out = b_out + (_dot(b_w, b_x[FIRST + i], b_sum[i]),)
+            b_out = b_out + (dot(b_w, b_x[FIRST + i], b_sum[i]),)
     return b_out
 
 

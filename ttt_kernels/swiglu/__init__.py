@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from ttt_kernels import checks, tangents
-from ttt_kernels.backends import refuse_on_cpu
+from ttt_kernels.backends import refuse_on_cpu, refuse_on_triton
 from ttt_kernels.jvp import twin
 from ttt_kernels.registry import Operator
-from ttt_kernels.swiglu import cpu, reference
+from ttt_kernels.swiglu import cpu, reference, triton
 
 
 def _fake(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,8 +29,13 @@ operator = Operator(
             "double_backward": reference.double_backward,
         },
         "cpu": {"forward": cpu.forward, "backward": cpu.backward, "double_backward": cpu.double_backward},
+        "triton": {
+            "forward": triton.forward,
+            "backward": triton.backward,
+            "double_backward": triton.double_backward,
+        },
     },
-    refusals={"cpu": refuse_on_cpu},
+    refusals={"cpu": refuse_on_cpu, "triton": refuse_on_triton},
 )
 jvp_operator = twin(operator)
 

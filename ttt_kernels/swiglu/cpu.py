@@ -24,7 +24,10 @@ def _results(gate: Tensor, like: Tensor, wanted: Sequence[bool]) -> list[_Option
 class _Passes:
     """As `products.Passes`."""
 
-    def forward(self, gate: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, w_gate: Tensor, w_up: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up = products.gate_and_up(x, w_gate, w_up)
         hidden = torch.empty_like(gate)
         # Where products have x's type, their results are what is kept.
         kept = (gate, up) if gate.dtype == dtype else (torch.empty_like(gate, dtype=dtype) for _ in range(2))

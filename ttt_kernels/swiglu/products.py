@@ -19,8 +19,13 @@ Optional = Tensor | None
 class Passes(Protocol):
     """The elementwise passes of a backend over contiguous tensors of one shape; None is zero or unwanted."""
 
-    def forward(self, gate: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """H in the type of gate and up, and G and U in `dtype`."""
+    def forward(
+        self, x: Tensor, w_gate: Tensor, w_up: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """H in the type of x and the weights, which are operands, and G and U in `dtype`, all contiguous.
+
+        The products are part of it, because a kernel may make them both at once; else they are `gate_and_up`.
+        """
         ...
 
     def backward(
@@ -44,6 +49,11 @@ class Passes(Protocol):
         ...
 
 
+def gate_and_up(x: Tensor, w_gate: Tensor, w_up: Tensor) -> tuple[Tensor, Tensor]:
+    """G and U of operands in their type, contiguous."""
+    return torch.matmul(x, w_gate.mT).contiguous(), torch.matmul(x, w_up.mT).contiguous()
+
+
 def _operand(t: Optional, x: Tensor) -> Optional:
     """A weight, or what has its shape, as the products with x read it."""
     return None if t is None else operand(t.to(x.dtype))
@@ -64,8 +74,7 @@ def forward(
     """As `reference.forward`."""
     rows = operand(matrices(w_gate, x)[0])
     of_gate, of_up, of_down = (operand(w.to(x.dtype)) for w in (w_gate, w_up, w_down))
-    gate, up = (torch.matmul(rows, w.mT).contiguous() for w in (of_gate, of_up))
-    hidden, gate, up = passes.forward(gate, up, x.dtype)
+    hidden, gate, up = passes.forward(rows, of_gate, of_up, x.dtype)
     saved = (*x.shape[:-1], w_gate.shape[-2])
     y = torch.matmul(hidden, of_down.mT).to(x.dtype).reshape(x.shape)
     return y, gate.reshape(saved), up.reshape(saved)
