@@ -147,9 +147,11 @@ def forward(
         passes.online(block, own, maximum, sums, others, picked, acc)
         if acc is not None:
             accumulate(acc, block.factor, block.weight)
+    # A target that nobody could check and that is no class shows in all that is made of its row.
+    sums.masked_fill_((own < 0) & (target != ignore_index), torch.nan)
     log = sums.log()
     # Two small terms: lse - picked would round at the size of the logits.
-    nll = targets.losses(maximum - picked + log, target, weight.shape[0], ignore_index)
+    nll = (maximum - picked + log).masked_fill(target == ignore_index, 0)
     if acc is None:
         return nll, maximum + log, x.new_empty(0, dtype=wide)
     slope = acc.sub_(_own_rows(weight, own, x).mul_(others[:, None])).div_(sums[:, None])
