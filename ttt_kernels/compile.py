@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from ttt_kernels import aot
 from ttt_kernels.aot import Case, Report
 
-OPERATORS = ("swa",)
+OPERATORS = ("swa", "rms_norm")
 """Operators with Triton kernels."""
 
 

@@ -11,8 +11,8 @@ each product loads a piece at a time: held in registers, several tensors of wide
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-"""Whether kernels are interpreted on the processor (TRITON_INTERPRET=1)."""
+from ttt_kernels.triton_values import INTERPRETED, narrow
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -175,17 +175,6 @@ def store_statistic(p_x, b_x, start, high, ROWS: tl.constexpr):
     """Stores the numbers [start, start + ROWS) of a vector that are below `high`."""
     b_row = start + tl.arange(0, ROWS)
     tl.store(p_x + b_row, b_x, mask=b_row < high)
-
-
-@triton.jit
-def narrow(b_x, dtype: tl.constexpr):
-    """float32 values rounded to the nearest of `dtype`."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        # The interpreter of Triton 3.6 to 3.9 cuts the low half off instead.
-        b_bits = b_x.to(tl.uint32, bitcast=True)
-        b_bits = b_bits + 0x7FFF + ((b_bits >> 16) & 1)
-        return (b_bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return b_x.to(dtype)
 
 
 @triton.jit
