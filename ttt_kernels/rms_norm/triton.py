@@ -9,7 +9,7 @@ from torch import Tensor
 from ttt_kernels import triton_launch
 from ttt_kernels.backends import refuse_on_triton
 from ttt_kernels.rms_norm.rows import Rows, rows_of
-from ttt_kernels.rms_norm.triton_configs import LARGEST, configs, sums
+from ttt_kernels.rms_norm.triton_configs import LARGEST, SUMMED, configs, sums
 from ttt_kernels.rms_norm.triton_configs import span as span_of
 
 _MOST_ROWS = 2**31 - 2**16
@@ -39,7 +39,14 @@ def _launch(
         configs(order, n),
         (like.dtype, n, rows.rank),
         like.device,
-        {**arguments, "rows": rows.count, "middle": rows.middle, "inner": rows.inner, "N": n, "RANK": rows.rank},
+        {
+            **arguments,
+            "rows": rows.count,
+            "middle": rows.middle,
+            "inner": rows.inner,
+            "N": n,
+            "RANK": rows.rank,
+        },
     )
 
 
@@ -130,10 +137,17 @@ def double_backward(
     rows = rows_of([g_x, g_residual, dy, x])
     t_a, t_z, t_dy, t_x = rows.located
     partial, span = _partial("double_backward", rows, x, needs[2])
-    if any(needs[:3]):
-        _launch("double_backward", kernels.double_backward, rows, x, {
-            "t_a": t_a, "p_b": None if g_weight is None else g_weight.contiguous(), "t_z": t_z, "t_dy": t_dy,
-            "t_x": t_x, "p_weight": weight.contiguous(), "p_rstd": rstd.contiguous(), "p_to_dy": to_dy,
-            "p_to_x": to_x, "p_partial": partial, "span": span or 0,
-        }, span)  # fmt: skip
+    shared = {
+        "t_a": t_a, "p_b": None if g_weight is None else g_weight.contiguous(), "t_dy": t_dy, "t_x": t_x,
+        "p_weight": weight.contiguous(), "p_rstd": rstd.contiguous(), "span": span or 0,
+    }  # fmt: skip
+    results = {"t_z": t_z, "p_to_dy": to_dy, "p_to_x": to_x}
+    nothing = dict.fromkeys(results)
+    apart = partial is not None and x.shape[-1] > SUMMED
+    if any(needs[:2]) and (apart or partial is None):
+        _launch("double_backward", kernels.double_backward, rows, x, {**shared, **results, "p_partial": None})
+    if partial is not None:
+        rest = nothing if apart else results
+        summed = {**shared, **rest, "p_partial": partial}
+        _launch("double_backward", kernels.double_backward, rows, x, summed, span)
     return to_dy, to_x, _total(partial, weight), to_residual

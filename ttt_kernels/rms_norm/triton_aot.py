@@ -6,7 +6,7 @@ import torch
 
 from ttt_kernels.aot import Case, Constant
 from ttt_kernels.rms_norm import triton_kernels
-from ttt_kernels.rms_norm.triton_configs import LARGEST, configs, sums
+from ttt_kernels.rms_norm.triton_configs import LARGEST, SUMMED, configs, sums
 
 _ORDERS = ("forward", "backward", "double_backward")
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -33,6 +33,14 @@ def _arguments(kernel: Any, dtype: str, weight: str, n: int, rank: int) -> dict[
     return {**found, **{name: value for name, value in given.items() if name in found}}
 
 
+def _launches(order: str, n: int) -> list[dict[str, Constant]]:
+    """What is missing in each launch of an order: long rows are summed apart."""
+    if order != "double_backward" or n <= SUMMED:
+        return [{}]
+    results = ("t_z", "p_to_dy", "p_to_x")
+    return [{"p_partial": Constant(None)}, dict.fromkeys(results, Constant(None))]
+
+
 def cases(arch: int) -> list[Case]:
     """All kernels for an architecture, with every configuration of narrow and wide rows."""
     found = []
@@ -51,8 +59,9 @@ def cases(arch: int) -> list[Case]:
         ):
             arguments = _arguments(kernel, dtype, weight, n, rank)
             found += [
-                Case(f"rms_norm.{order}", f"{dtype} {n}", kernel, arguments, config, None)
+                Case(f"rms_norm.{order}", f"{dtype} {n}", kernel, {**arguments, **missing}, config, None)
                 for config in configs(order, n)
+                for missing in _launches(order, n)
             ]
         arguments = _arguments(kernel, "bf16", "fp32", 1024, 1)
         found += [

@@ -4,6 +4,8 @@ from ttt_kernels.tuning import Config, interpreted
 
 LARGEST = 8192
 """The longest row that a program's registers hold with everything that a double backward has of it."""
+SUMMED = 4096
+"""The longest of which they hold the sum over rows too."""
 PROGRAMS = 1056
 """At most as many programs sum over rows: eight on each multiprocessor of an H200."""
 

@@ -40,6 +40,7 @@ def backward(
     N: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx = r (w dy - h mean(w dy h)), parts of dw = sum of dy h, and the residual's gradient dy."""
+    b_w = load_vector(p_weight, N, BLOCK)
     b_sum = tl.zeros((ROWS, BLOCK), tl.float32)
     tiles = 1 if p_partial is None else span // ROWS
     for tile in tl.range(tiles):
@@ -50,7 +51,7 @@ def backward(
         b_dy = b_raw.to(tl.float32)
         b_h = b_x * b_r
         if p_dx is not None:
-            b_dh = b_dy * load_vector(p_weight, N, BLOCK)
+            b_dh = b_dy * b_w
             b_dx = b_r * (b_dh - b_h * mean(b_dh * b_h, N))
             store(p_dx, b_dx, b_row, rows, N, BLOCK)
         if p_partial is not None:
@@ -71,6 +72,9 @@ def double_backward(
     With m = mean(w dy h), p = mean(a h), q = mean(a w dy) and e = r (a - h p), the cotangent of w dy:
     e w + b h + z, r (b dy - r (m a + p w dy)) - r h (mean(b dy h) + r (q - 3 m p)), and the sum of e dy.
     """
+    b_w = load_vector(p_weight, N, BLOCK)
+    if p_b is not None:
+        b_b = load_vector(p_b, N, BLOCK)
     b_sum = tl.zeros((ROWS, BLOCK), tl.float32)
     tiles = 1 if p_partial is None else span // ROWS
     for tile in tl.range(tiles):
@@ -78,7 +82,6 @@ def double_backward(
         b_dy = load(t_dy, b_row, rows, middle, inner, N, BLOCK, RANK).to(tl.float32)
         b_x = load(t_x, b_row, rows, middle, inner, N, BLOCK, RANK).to(tl.float32)
         b_r = tl.load(p_rstd + b_row, mask=b_row < rows, other=0.0)[:, None]
-        b_w = load_vector(p_weight, N, BLOCK)
         b_h = b_x * b_r
         b_to_dh = tl.zeros((ROWS, BLOCK), tl.float32)
         b_to_h = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -95,7 +98,6 @@ def double_backward(
                 b_of_h = b_r * (mean(b_a * b_dh, N) - 3.0 * b_m * b_p)
                 b_to_h = -b_r * (b_m * b_a + b_p * b_dh)
         if p_b is not None:
-            b_b = load_vector(p_b, N, BLOCK)
             b_to_dy += b_b * b_h
             if p_to_x is not None:
                 b_to_h += b_b * b_dy
