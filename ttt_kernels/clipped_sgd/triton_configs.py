@@ -18,7 +18,8 @@ def configs(kernel: str) -> tuple[Config, ...]:
     if interpreted():
         return (Config((("BLOCK", 32), *((("PARTS", 2),) if kernel != "products" else ())), 4, 1),)
     sizes = (("BLOCK", _BLOCK), *((("PARTS", _PARTS),) if kernel != "products" else ()))
-    return Config(sizes, 8, 1), Config(sizes, 4, 1)
+    # Sums of four products in float64 need many registers of a thread.
+    return Config(sizes, 8, 1), Config(sizes, 16 if kernel == "products" else 4, 1)
 
 
 def divided(counts: Sequence[int]) -> tuple[int, int]:

@@ -94,7 +94,9 @@ def double_backward(
     shared = (eta * k * a - r * s).to(tl.float32)
     l_of_u = (-eta * s).to(tl.float32)
     g_of_u = (eta * k * h + m * inverse).to(tl.float32)
-    g_of_g = k * (eta * b - 3.0 * eta * h * a * inverse * inverse + r * h) - m * a * inverse * inverse * inverse
+    g_of_g = (
+        k * (eta * b - 3.0 * eta * h * a * inverse * inverse + r * h) - m * a * inverse * inverse * inverse
+    )
     g_of_g = g_of_g.to(tl.float32)
     index, start, whole, blocks, count = chunk_of(counts, steps, chunk, BLOCK)
     p_g = sequence_of(t_g, index, sequence)
