@@ -76,11 +76,11 @@ def test_within_budget(dtype: torch.dtype, max_norm: float | None, copy_dtype: t
 def test_within_budget_of_a_longer_tuple(max_norm: float | None) -> None:
     """Of tensors that are empty, or of one element, and of more than one sequence."""
     step = partial(on, max_norm=max_norm, copy_dtype=torch.bfloat16)
-    assert_within_budget(step, inputs(2, (0,), (5,), (33, 3), (0,), (64,), (1,), (0,)), torch.float32, "triton")
+    assert_within_budget(step, inputs(2, (0,), (5,), (11, 3), (0,), (1,), (0,)), torch.float32, "triton")
 
 
 @pytest.mark.slow
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_within_budget_of_anything(data: st.DataObject) -> None:
     pick = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
@@ -222,17 +222,27 @@ def test_update_in_place(copy_dtype: torch.dtype | None, active: list[bool] | No
 # -- Kernels called for themselves --------------------------------------------------------------------------
 
 
+def of(seed: int) -> list[Tensor]:
+    return [t.float() for t in tuple_of(1, (2, 3), (20,), seed=seed)]
+
+
 def arguments(copies: bool = True) -> list:
     """Arguments of the backward."""
-    shapes = ((2, 3), (40,))
-    of = lambda seed: [t.float() for t in tuple_of(2, *shapes, seed=seed)]  # noqa: E731
-    d_norm = draw(2, seed=9).float().to(DEVICE)
+    d_norm = draw(1, seed=9).float().to(DEVICE)
     rate = torch.tensor(0.3, device=DEVICE)
-    return [of(0), d_norm, of(2) if copies else [], of(4), of(6), rate, 3.0, torch.float32 if copies else None]
+    return [
+        of(0),
+        d_norm,
+        of(2) if copies else [],
+        of(4),
+        of(6),
+        rate,
+        3.0,
+        torch.float32 if copies else None,
+    ]
 
 
 def cotangents() -> list:
-    of = lambda seed: [t.float() for t in tuple_of(2, (2, 3), (40,), seed=seed)]  # noqa: E731
     return [of(20), of(22), torch.tensor(0.7, device=DEVICE)]
 
 
@@ -256,6 +266,7 @@ def test_missing_cotangents(missing: tuple[int, ...]) -> None:
         assert relative_error(found, exact) < 1e-6 if exact.norm() > 0 else found.abs().max() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copies", [False, True])
 def test_only_what_is_needed(copies: bool) -> None:
     kernels, given = operator.kernels["triton"], arguments(copies)
@@ -322,5 +333,7 @@ def test_serves_every_order() -> None:
 def test_refuses() -> None:
     wide = torch.zeros(1, 4, dtype=torch.float64, device=DEVICE)
     for call in (clipped_sgd, update_):
-        with pytest.raises(ValueError, match=r"'triton' cannot serve this call: .*dtype torch.float64; accepted"):
+        with pytest.raises(
+            ValueError, match=r"'triton' cannot serve this call: .*dtype torch.float64; accepted"
+        ):
             call([wide], [wide], lr=0.1, backend="triton")

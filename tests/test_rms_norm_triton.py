@@ -13,8 +13,8 @@ from triton_here import DEVICE, needs_triton
 
 from ttt_kernels import backends, rms_norm, rms_norm_jvp
 from ttt_kernels.rms_norm import operator
-from ttt_kernels.rms_norm.rows import rows_of
 from ttt_kernels.rms_norm.triton_configs import LARGEST
+from ttt_kernels.rms_norm.triton_located import rows_of
 
 pytestmark = needs_triton
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

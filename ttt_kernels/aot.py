@@ -31,7 +31,7 @@ class Case:
         name: the kernel's, with its operator's.
         variant: what distinguishes it from the kernel's other cases with this configuration.
         kernel: the `triton.jit` function.
-        arguments: each argument's Triton type ("*bf16", "i32", ...), a tuple of types or of such tuples, or a `Constant`.
+        arguments: each argument's Triton type ("*bf16", "i32", ...), a tuple of such, or a `Constant`.
         config: sizes of tiles (constants of the kernel), warps and stages.
         narrow: whether its matrix products are of 16-bit factors; None where it has no products.
     """

@@ -14,10 +14,8 @@ _STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def refuse(tensors: tuple[Tensor, ...]) -> str | None:
-    """As `refuse_on_triton`, but for a learning rate, which may be on the CPU, and has any floating dtype there."""
-    numbers = [t for t in tensors if t.dim() == 0 and t.device.type == "cpu"]
-    others = tuple(t for t in tensors if not any(t is n for n in numbers))
-    return refuse_on_triton(others)
+    """As `refuse_on_triton`, but for a learning rate, which may be on the CPU and of any floating dtype."""
+    return refuse_on_triton(tuple(t for t in tensors if t.dim()))
 
 
 def _through(dtype: torch.dtype) -> torch.dtype:

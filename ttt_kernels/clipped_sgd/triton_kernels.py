@@ -1,7 +1,7 @@
 """Clipped SGD in Triton after the inner products of triton_sums.py: letters as in reference.py.
 
 Every program adds up the products' parts of its own sequence, so that nothing is launched between. A sequence's first
-program also stores what there is one of per sequence; a launch has one program per sequence where there are no elements.
+program also stores what there is one of per sequence.
 """
 
 import triton
@@ -88,7 +88,7 @@ def double_backward(
     if t_u is not None:
         a = total(p_partial, 2, sequence, chunks, PARTS)
         b = total(p_partial, 3, sequence, chunks, PARTS)
-    if p_to_norm is not None:
+    if p_to_norm is not None:  # noqa: SIM102, what is missing is decided before a kernel runs
         if chunk == 0:
             tl.store(p_to_norm + sequence, (a * inverse).to(tl.float32))
     shared = (eta * k * a - r * s).to(tl.float32)

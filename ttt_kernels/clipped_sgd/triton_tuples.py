@@ -1,7 +1,7 @@
 """Tuples of tensors in the Triton kernels of clipped SGD: which piece of which tensor a program has.
 
-Names in kernels: `p_` an address, `b_` the values of a block, `m_` a mask. A tuple of tensors is a pair of tuples, `t_`:
-their addresses and the strides of their sequences; `counts` are the elements of a sequence in each. The elements of all
+Names in kernels: `p_` an address, `b_` the values of a block, `m_` a mask. A tuple of tensors, `t_`, is two: their
+addresses and the strides of their sequences; `counts` are the elements of a sequence in each. The elements of all
 tensors, one after the other, are divided into chunks of `steps` blocks, none of which has a part of two tensors.
 """
 

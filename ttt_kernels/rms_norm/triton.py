@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ttt_kernels import triton_launch
 from ttt_kernels.backends import refuse_on_triton
-from ttt_kernels.rms_norm.rows import Rows, rows_of
 from ttt_kernels.rms_norm.triton_configs import LARGEST, SUMMED, configs, sums
 from ttt_kernels.rms_norm.triton_configs import span as span_of
+from ttt_kernels.rms_norm.triton_located import Rows, rows_of
 
 _MOST_ROWS = 2**31 - 2**16
 """Kernels count rows, those that the last tile lacks included, in 32 bits."""

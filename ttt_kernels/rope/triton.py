@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ttt_kernels import triton_launch
 from ttt_kernels.backends import refuse_on_triton
-from ttt_kernels.rope.quarters import quarters
 from ttt_kernels.rope.triton_configs import LARGEST, configs
+from ttt_kernels.rope.triton_quarters import quarters
 
 
 def refuse(tensors: tuple[Tensor, ...]) -> str | None:
