@@ -158,7 +158,7 @@ MUTATIONS = (
     Mutation("Triton: norm, rows of another stride", N_LOCATED, "tuple(size * stride for stride in strides)",
              "(size * strides[0], *found[-1][1][1:])", "test_within_budget_of_anything"),
     Mutation("Triton: norm, sequences of the first", "ttt_kernels/rms_norm/triton_rows.py",
-             "(b_outer // middle).to(tl.int64) * t[1]", "0", BUDGET),
+             "(b_outer // middle).to(tl.int64) * t[1]", "0", "test_rows_of_three_strides"),
     Mutation("Triton: rope, halves turn the other way", R_KERNELS, "b_high * b_cos + b_low * b_sin",
              "b_high * b_cos - b_low * b_sin", BUDGET),
     Mutation("Triton: rope, the backward turns forward", R_KERNELS, "b_sin = -b_sin", "b_sin = b_sin", BUDGET),
