@@ -70,6 +70,8 @@ def double_backward(
     """As `reference.double_backward`."""
     to_dy = None
     if needs[0]:
-        zero = g_x is None
-        to_dy = dy.new_zeros(dy.shape) if zero else _rotate(g_x, positions, theta, interleaved, inverse=False)
+        if g_x is None:
+            to_dy = dy.new_zeros(dy.shape)
+        else:
+            to_dy = _rotate(g_x, positions, theta, interleaved, inverse=False)
     return to_dy, x.new_zeros(x.shape) if needs[1] else None
