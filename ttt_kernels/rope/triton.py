@@ -68,10 +68,7 @@ def double_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `reference.double_backward`."""
-    to_dy = None
-    if needs[0]:
-        if g_x is None:
-            to_dy = dy.new_zeros(dy.shape)
-        else:
-            to_dy = _rotate(g_x, positions, theta, interleaved, inverse=False)
+    to_dy = dy.new_zeros(dy.shape) if needs[0] and g_x is None else None
+    if needs[0] and g_x is not None:
+        to_dy = _rotate(g_x, positions, theta, interleaved, inverse=False)
     return to_dy, x.new_zeros(x.shape) if needs[1] else None
