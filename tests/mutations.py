@@ -35,6 +35,14 @@ S_PASS, S_PRODUCTS, L_PASS = (
 )
 S_SMALL, L_SMALL = "test_within_budget_in_float32", "test_within_budget and float32"
 LAST, ABSENT = "test_gradients_of_the_last_keys_only", "test_queries_without_keys_and_what_lies_there"
+N_KERNELS, N_LOCATED, N_LAUNCH = (
+    f"ttt_kernels/rms_norm/triton{name}.py" for name in ("_kernels", "_located", "")
+)
+R_KERNELS, R_ANGLES, R_LAUNCH = (f"ttt_kernels/rope/triton{name}.py" for name in ("_kernels", "_angles", ""))
+C_KERNELS, C_SUMS, C_TUPLES, C_CALL = (
+    f"ttt_kernels/clipped_sgd/triton_{name}.py" for name in ("kernels", "sums", "tuples", "call")
+)
+BUDGET, ANGLES, THRESHOLD = "test_within_budget", "test_angles_far_out", "test_at_the_threshold"
 
 
 class Mutation(NamedTuple):
@@ -170,6 +178,39 @@ MUTATIONS = (
              "test_logits_of_minus_infinity"),
     Mutation("Triton: a column too many", T_TILES, "(b_column < D)[None, :]\n    return tl.load(_row",
              "(b_column < D + 1)[None, :]\n    return tl.load(_row", SMALL),
+    Mutation("Triton: norm, x_bar loses 3 m p", N_KERNELS, "- 3.0 * b_m * b_p", "- b_m * b_p", BUDGET),
+    Mutation("Triton: norm, x_bar loses b dy h", N_KERNELS, "b_of_h += mean(b_b * b_dy * b_h, N)", "b_of_h += 0.0",
+             BUDGET),
+    Mutation("Triton: norm, dx loses its mean", N_KERNELS, "b_dh - b_h * mean(b_dh * b_h, N)", "b_dh", BUDGET),
+    Mutation("Triton: norm, dw loses the last partial sum", N_LAUNCH, '"count": len(partial),',
+             '"count": len(partial) - 1,', BUDGET),
+    Mutation("Triton: norm, rows of another stride", N_LOCATED, "tuple(size * stride for stride in strides)",
+             "(size * strides[0], *found[-1][1][1:])", "test_within_budget_of_anything"),
+    Mutation("Triton: norm, sequences of the first", "ttt_kernels/rms_norm/triton_rows.py",
+             "(b_outer // middle).to(tl.int64) * t[1]", "0", "test_rows_of_three_strides"),
+    Mutation("Triton: rope, halves turn the other way", R_KERNELS, "b_high * b_cos + b_low * b_sin",
+             "b_high * b_cos - b_low * b_sin", BUDGET),
+    Mutation("Triton: rope, the backward turns forward", R_KERNELS, "b_sin = -b_sin", "b_sin = b_sin", BUDGET),
+    Mutation("Triton: rope, a quarter with the wrong sign", R_ANGLES, "(b_quarter == 1) | (b_quarter == 2)",
+             "b_quarter == 2", "test_every_quarter"),
+    Mutation("Triton: rope, angles in float32", R_KERNELS, "b_position.to(tl.float64)[:, None] * b_quarters[None, :]",
+             "(b_position.to(tl.float32)[:, None] * b_quarters[None, :].to(tl.float32)).to(tl.float64)", ANGLES),
+    Mutation("Triton: rope, positions of the first sequence", R_LAUNCH,
+             "positions.stride(0) if positions.dim() == 2 else 0", "0", BUDGET),
+    Mutation("Triton: SGD, squares in float32", C_SUMS, "b_gg += b_g * b_g",
+             "b_gg += (b_g.to(tl.float32) * b_g.to(tl.float32)).to(tl.float64)", "test_norm_of_extreme"),
+    Mutation("Triton: SGD, the threshold in float32", C_SUMS, "threshold = number(max_norm)",
+             "threshold = number(max_norm).to(tl.float32).to(tl.float64)", THRESHOLD),
+    Mutation("Triton: SGD, at the threshold nothing is clipped", C_SUMS, "norm < threshold, zero",
+             "norm <= threshold, zero", THRESHOLD),
+    Mutation("Triton: SGD, G loses 3 h a / n^2", C_KERNELS, "eta * b - 3.0 * eta * h * a", "eta * b - eta * h * a",
+             BUDGET),
+    Mutation("Triton: SGD, sequences that rest move", C_KERNELS, "blocks = tl.where(active, blocks, 0)", "",
+             "test_update_in_place"),
+    Mutation("Triton: SGD, the last block is lost", C_TUPLES, "tl.cdiv(count - start, BLOCK)",
+             "(count - start) // BLOCK", BUDGET),
+    Mutation("Triton: SGD, all chunks of the first tensor", C_TUPLES, "chunk - begin, first)", "chunk, first)",
+             BUDGET),
 )  # fmt: skip
 
 

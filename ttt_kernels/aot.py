@@ -31,7 +31,7 @@ class Case:
         name: the kernel's, with its operator's.
         variant: what distinguishes it from the kernel's other cases with this configuration.
         kernel: the `triton.jit` function.
-        arguments: each argument's Triton type ("*bf16", "i32", ...), a tuple of types, or a `Constant`.
+        arguments: each argument's Triton type ("*bf16", "i32", ...), a tuple of such, or a `Constant`.
         config: sizes of tiles (constants of the kernel), warps and stages.
         narrow: whether its matrix products are of 16-bit factors; None where it has no products.
     """
@@ -109,10 +109,18 @@ def _describe(case: Case) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], d
             continue
         signature[name] = kind
         if isinstance(kind, tuple):
-            attributes.update({(i, j): aligned for j in range(len(kind))})
+            attributes.update(dict.fromkeys(_places(kind, (i,)), aligned))
         elif kind.startswith("*"):
             attributes[(i,)] = aligned
     return signature, constants, attributes
+
+
+def _places(kinds: tuple[Any, ...], start: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Where the elements of a tuple are, those of tuples in it included."""
+    found = []
+    for i, kind in enumerate(kinds):
+        found += _places(kind, (*start, i)) if isinstance(kind, tuple) else [(*start, i)]
+    return found
 
 
 def read(cubin: bytes, shared: int) -> Report:

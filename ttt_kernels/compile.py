@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from ttt_kernels import aot
 from ttt_kernels.aot import Case, Report
 
-OPERATORS = ("swa", "swiglu", "linear_ce")
+OPERATORS = ("swa", "swiglu", "linear_ce", "rms_norm", "rope", "clipped_sgd")
 """Operators with Triton kernels."""
 
 

@@ -13,8 +13,10 @@ def narrow(b_x, dtype: tl.constexpr):
     if INTERPRETED and dtype == tl.bfloat16:
         # The interpreter of Triton 3.6 to 3.9 cuts the low half off instead.
         b_bits = b_x.to(tl.uint32, bitcast=True)
-        b_bits = b_bits + 0x7FFF + ((b_bits >> 16) & 1)
-        return (b_bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        b_rounded = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16
+        # The carry of a NaN's bits would make another number of it.
+        b_rounded = tl.where(b_x != b_x, 0x7FC0, b_rounded)
+        return b_rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return b_x.to(dtype)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ttt_kernels import checks
 from ttt_kernels.backends import refuse_on_cpu
-from ttt_kernels.clipped_sgd import cpu, reference
+from ttt_kernels.clipped_sgd import cpu, reference, triton
 from ttt_kernels.registry import Operator
 
 
@@ -54,8 +54,13 @@ operator = Operator(
             "double_backward": reference.double_backward,
         },
         "cpu": {"forward": cpu.forward, "backward": cpu.backward, "double_backward": cpu.double_backward},
+        "triton": {
+            "forward": triton.forward,
+            "backward": triton.backward,
+            "double_backward": triton.double_backward,
+        },
     },
-    refusals={"cpu": refuse_on_cpu},
+    refusals={"cpu": refuse_on_cpu, "triton": triton.refuse},
 )
 
 

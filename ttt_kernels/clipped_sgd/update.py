@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ttt_kernels import checks
 from ttt_kernels.backends import refuse_on_cpu, select
-from ttt_kernels.clipped_sgd import check, cpu, reference
+from ttt_kernels.clipped_sgd import check, cpu, reference, triton
 
 
 def update_(
@@ -66,6 +66,6 @@ def update_(
         raise ValueError(
             f"{name}: no gradient is recorded; accepted are tensors that want none, or torch.no_grad()"
         )
-    chosen = select(name, backend, tensors, {"cpu": refuse_on_cpu})
-    run = reference.update_ if chosen == "reference" else cpu.update_
+    chosen = select(name, backend, tensors, {"cpu": refuse_on_cpu, "triton": triton.refuse})
+    run = {"reference": reference.update_, "cpu": cpu.update_, "triton": triton.update_}[chosen]
     return run(weights, grads, rate, None if max_norm is None else float(max_norm), copies, active)

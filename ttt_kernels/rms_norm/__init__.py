@@ -7,7 +7,7 @@ from ttt_kernels import checks, tangents
 from ttt_kernels.backends import refuse_on_cpu
 from ttt_kernels.jvp import twin
 from ttt_kernels.registry import Operator
-from ttt_kernels.rms_norm import cpu, reference
+from ttt_kernels.rms_norm import cpu, reference, triton
 
 
 def _fake(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -30,8 +30,13 @@ operator = Operator(
             "double_backward": reference.double_backward,
         },
         "cpu": {"forward": cpu.forward, "backward": cpu.backward, "double_backward": cpu.double_backward},
+        "triton": {
+            "forward": triton.forward,
+            "backward": triton.backward,
+            "double_backward": triton.double_backward,
+        },
     },
-    refusals={"cpu": refuse_on_cpu},
+    refusals={"cpu": refuse_on_cpu, "triton": triton.refuse},
 )
 jvp_operator = twin(operator)
 

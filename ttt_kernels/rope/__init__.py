@@ -8,7 +8,7 @@ from torch import Tensor
 from ttt_kernels import checks
 from ttt_kernels.backends import refuse_on_cpu
 from ttt_kernels.registry import Operator
-from ttt_kernels.rope import cpu, reference
+from ttt_kernels.rope import cpu, reference, triton
 
 
 def _fake(x: Tensor, positions: Tensor, theta: float, interleaved: bool) -> tuple[Tensor]:
@@ -34,8 +34,13 @@ operator = Operator(
             "backward": cpu.backward,
             "double_backward": cpu.double_backward,
         },
+        "triton": {
+            "forward": triton.forward,
+            "backward": triton.backward,
+            "double_backward": triton.double_backward,
+        },
     },
-    refusals={"cpu": refuse_on_cpu},
+    refusals={"cpu": refuse_on_cpu, "triton": triton.refuse},
 )
 
 
@@ -43,7 +48,7 @@ def check(name: str, x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Checks the arguments of a rotation, for the error messages of `name`.
 
     Returns:
-        positions, int64 on the CPU, where the tables of cosines and sines are made.
+        positions, int64 on x's device; a GPU does not wait for its own to come to the CPU.
     """
     checks.floating(name, x=x)
     if x.dim() != 4 or x.shape[-1] % 2 or not x.shape[-1]:
@@ -59,7 +64,7 @@ def check(name: str, x: Tensor, positions: Tensor, theta: float) -> Tensor:
         )
     if not 0 < theta < math.inf:
         raise ValueError(f"{name}: theta is {theta}; accepted are finite values above 0")
-    return positions.cpu().long()
+    return positions.to(x.device, torch.int64)
 
 
 def rope(

@@ -1,0 +1,31 @@
+"""How the rotation's Triton kernel divides its work: positions and heads of a program."""
+
+from ttt_kernels.tuning import Config, interpreted
+
+LARGEST = 1024
+"""The largest head dimension of which a program holds the angles of a position."""
+
+
+def padded_pairs(head_dim: int) -> int:
+    """The power of two that the pairs of a head are padded to."""
+    return 1 << (head_dim // 2 - 1).bit_length()
+
+
+def configs(head_dim: int, heads: int) -> tuple[Config, ...]:
+    """What the kernel can be launched with, the safest first.
+
+    A thread turns 16 bytes of bfloat16 of each head; the more heads a program has, the more of its loads are under
+    way at once and the fewer of its instructions are for angles.
+    """
+    pairs = padded_pairs(head_dim)
+    if interpreted():
+        return (_config(4, pairs, min(2, heads), 1),)
+    found = []
+    for warps, most in ((4, 4), (4, 8), (2, 4)):
+        positions = max(1, warps * 32 * 4 // pairs)
+        found.append(_config(positions, pairs, min(most, 1 << (heads - 1).bit_length()), warps))
+    return tuple(dict.fromkeys(found))
+
+
+def _config(positions: int, pairs: int, heads: int, warps: int) -> Config:
+    return Config((("POSITIONS", positions), ("PAIRS", pairs), ("HEADS", heads)), warps, 1)
