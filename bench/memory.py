@@ -7,6 +7,7 @@ import ctypes
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -50,6 +51,34 @@ def release_memory(device: torch.device) -> None:
     # glibc keeps what was freed for later; other systems' libraries have no such function.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+# Parameters of glibc's mallopt and their defaults; see mallopt(3).
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 128 * 1024, 65536
+
+
+@contextlib.contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Within the context, what is freed is kept for the next result instead of given back to the system.
+
+    As a GPU's memory always is. Otherwise large results are of memory that the system has to find and clear first,
+    page by page, which takes several times as long as writing them (measured: a norm of 50 MB in 3 and in 20 ms).
+    """
+    settings = ((_TRIM_THRESHOLD, 2**31 - 1, _DEFAULT_TRIM_THRESHOLD), (_MMAP_MAX, 0, _DEFAULT_MMAP_MAX))
+    try:
+        change = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        # A library of another system, with ways of its own.
+        yield
+        return
+    for parameter, value, _ in settings:
+        change(parameter, value)
+    try:
+        yield
+    finally:
+        for parameter, _, default in settings:
+            change(parameter, default)
 
 
 def available_bytes(device: torch.device) -> int:

@@ -45,6 +45,9 @@ C_KERNELS, C_SUMS, C_TUPLES, C_CALL = (
 BUDGET, ANGLES, THRESHOLD = "test_within_budget", "test_angles_far_out", "test_at_the_threshold"
 
 
+OPERATORS = ("swa", "swiglu", "linear_ce", "rms_norm", "rope", "clipped_sgd")
+
+
 class Mutation(NamedTuple):
     """Replaces `old` by `new` in a file; a test of `test`, an expression of pytest's -k, must fail."""
 
@@ -57,7 +60,8 @@ class Mutation(NamedTuple):
     def module(self) -> str:
         """The file of the test: its operator's, whose folder the file is in or whose name its name begins with."""
         parts = Path(self.file).parts
-        operator = parts[1] if parts[0] == "ttt_kernels" else parts[-1].split("_")[0]
+        names = [parts[1]] if parts[0] == "ttt_kernels" else OPERATORS
+        operator = next(name for name in names if parts[0] == "ttt_kernels" or parts[-1].startswith(name))
         return f"tests/test_{operator}{'_triton' if 'triton' in self.file else ''}.py"
 
 

@@ -57,7 +57,7 @@ void over_rows(int64_t rows, int64_t n, C* total, C* partial, F&& f) {
 // dx = rstd * (w dy - xhat * mean(w dy * xhat)), dw = sum over rows of dy * xhat, with xhat = x * rstd.
 template <class T, class C = compute_t<T>>
 void backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, const C* weight, const C* rstd,
-              T* dx, C* dw, C* partial, int64_t rows, int64_t n) {
+              T* dx, C* dw, T* d_residual, C* partial, int64_t rows, int64_t n) {
     over_rows<C>(rows, n, dw, partial, [=](int64_t row, C* sum) {
         const T* xr = x + row * x_stride;
         const T* dyr = dy + row * dy_stride;
@@ -77,6 +77,7 @@ void backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, cons
             for_each_vector<C>(0, n, [=](int64_t i, int64_t k) {
                 write(sum + i, read(sum + i, k) + r * read(dyr + i, k) * read(xr + i, k), k);
             });
+        if (d_residual) std::memcpy(d_residual + row * n, dyr, static_cast<size_t>(n) * sizeof(T));
     });
 }
 
@@ -96,7 +97,7 @@ void double_backward(const T* a, int64_t a_stride, const C* b, const T* z, int64
         T* to_x = x_bar ? x_bar + row * n : nullptr;
         const C r = rstd[row];
         vec<C> dh_h{}, a_h{}, a_dh{}, bdy_h{};
-        for_each_vector<C>(0, n, [&](int64_t i, int64_t k) __attribute__((always_inline)) {
+        for_each_vector<C>(0, n, [&](int64_t i, int64_t k) {
             const vec<C> d = read(dyr + i, k), dh = read(weight + i, k) * d, h = read(xr + i, k) * r;
             const vec<C> of_a = read_or_zero(ar, i, k);
             dh_h += dh * h;
@@ -106,7 +107,7 @@ void double_backward(const T* a, int64_t a_stride, const C* b, const T* z, int64
         });
         const C m = sum_lanes<C>(dh_h) / C(n), p = sum_lanes<C>(a_h) / C(n);
         const C of_h = sum_lanes<C>(bdy_h) / C(n) + r * (sum_lanes<C>(a_dh) / C(n) - C(3) * m * p);
-        for_each_vector<C>(0, n, [=](int64_t i, int64_t k) __attribute__((always_inline)) {
+        for_each_vector<C>(0, n, [=](int64_t i, int64_t k) {
             const vec<C> d = read(dyr + i, k), w = read(weight + i, k), h = read(xr + i, k) * r;
             const vec<C> of_a = read_or_zero(ar, i, k), of_b = read_or_zero(b, i, k);
             const vec<C> to_dh = r * (of_a - h * p);
@@ -131,14 +132,14 @@ void rms_norm_forward(Dtype dtype, const void* x, int64_t x_stride, const void* 
 }
 
 void rms_norm_backward(Dtype dtype, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
-                       const void* weight, const void* rstd, void* dx, void* dw, void* partial, int64_t rows,
-                       int64_t n) {
+                       const void* weight, const void* rstd, void* dx, void* dw, void* d_residual,
+                       void* partial, int64_t rows, int64_t n) {
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         using C = compute_t<T>;
         backward<T>(static_cast<const T*>(dy), dy_stride, static_cast<const T*>(x), x_stride,
                     static_cast<const C*>(weight), static_cast<const C*>(rstd), static_cast<T*>(dx),
-                    static_cast<C*>(dw), static_cast<C*>(partial), rows, n);
+                    static_cast<C*>(dw), static_cast<T*>(d_residual), static_cast<C*>(partial), rows, n);
     });
 }
 

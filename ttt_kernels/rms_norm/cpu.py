@@ -65,14 +65,13 @@ def backward(
     rows, d_rows, wide = _rows(x), _rows(dy), _wide(weight, x)
     # Bound to a name: a temporary would be freed before the kernel reads it.
     rstd = rstd.contiguous()
-    dx = x.new_empty(x.shape) if needs[0] else None
+    dx, d_residual = (x.new_empty(x.shape) if need else None for need in (needs[0], needs[2]))
     dw, partial = _sums(wide, rows, needs[1])
-    if rows.numel() and any(needs[:2]):
+    if rows.numel() and any(needs):
         kernels().rms_norm_backward(
             dtype_code(x.dtype), *_located(d_rows), *_located(rows), wide.data_ptr(), rstd.data_ptr(),
-            _address(dx), _address(dw), _address(partial), *rows.shape,
+            _address(dx), _address(dw), _address(d_residual), _address(partial), *rows.shape,
         )  # fmt: skip
-    d_residual = x.new_empty(x.shape).copy_(dy) if needs[2] else None
     return dx, None if dw is None else dw.to(weight.dtype), d_residual
 
 
