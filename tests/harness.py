@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -12,6 +13,17 @@ from ttt_kernels.extension import cpu as extension
 BACKENDS = tuple(name for name in available() if name in ("cpu", "reference"))
 """Backends whose kernels run on CPU tensors here."""
 
+
+def _interprets() -> bool:
+    """Whether Triton's kernels can run here: that of 3.6 makes integers of arrays in a way that NumPy 2.4 refuses."""
+    if torch.cuda.is_available():
+        return True
+    old = tuple(map(int, version("triton").split(".")[:2])) < (3, 7)
+    return not old or tuple(map(int, version("numpy").split(".")[:2])) < (2, 4)
+
+
+EVERY_BACKEND = tuple(name for name in available() if name != "triton" or _interprets())
+"""Backends whose kernels run here, interpreted ones included."""
 INSTRUCTION_SETS = extension.instruction_sets() if extension else []
 """Instruction sets of the C++ kernels that run here."""
 

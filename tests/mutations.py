@@ -42,6 +42,7 @@ R_KERNELS, R_ANGLES, R_LAUNCH = (f"ttt_kernels/rope/triton{name}.py" for name in
 C_KERNELS, C_SUMS, C_TUPLES, C_CALL = (
     f"ttt_kernels/clipped_sgd/triton_{name}.py" for name in ("kernels", "sums", "tuples", "call")
 )
+SETS, BUDGETS = "test_every_instruction_set", "within_budget"
 BUDGET, ANGLES, THRESHOLD = "test_within_budget", "test_angles_far_out", "test_at_the_threshold"
 
 
@@ -59,9 +60,11 @@ class Mutation(NamedTuple):
 
     def module(self) -> str:
         """The file of the test: its operator's, whose folder the file is in or whose name its name begins with."""
-        parts = Path(self.file).parts
-        names = [parts[1]] if parts[0] == "ttt_kernels" else OPERATORS
-        operator = next(name for name in names if parts[0] == "ttt_kernels" or parts[-1].startswith(name))
+        *folders, name = Path(self.file).parts
+        if folders == ["ttt_kernels"]:
+            return "tests/test_every_operator.py"
+        of_folder = folders[0] == "ttt_kernels"
+        operator = folders[1] if of_folder else next(o for o in OPERATORS if name.startswith(o))
         return f"tests/test_{operator}{'_triton' if 'triton' in self.file else ''}.py"
 
 
@@ -97,6 +100,40 @@ MUTATIONS = (
     Mutation("S' with what a row has in common", DOUBLE, "return shared > 4 * spread;", "return false;", MEAN),
     Mutation("cotangents of keys before key_start are read", DOUBLE, "{c.b, c.key_start}", "{c.b, 0}",
              "test_backward_from_a_key_on_differentiates"),
+    Mutation("swiglu's slope loses its second term", "csrc/cpu/swiglu.cpp", "slope = s + silu * rest", "slope = s",
+             SETS),
+    Mutation("swiglu's curvature", "csrc/cpu/swiglu.cpp", "splat(C(2)) + g * (rest - s)",
+             "splat(C(2)) + g * rest", SETS),
+    Mutation("swiglu's cotangent of G loses H's", "csrc/cpu/swiglu.cpp", " + to_h * slope * u", "", SETS),
+    Mutation("swiglu: x_bar loses dG b", "ttt_kernels/swiglu/products.py", "(d_gate, b), (d_up, c))", "(d_up, c))",
+             BUDGETS),
+    Mutation("norm: x_bar loses 3 m p", "csrc/cpu/rms_norm.cpp", "C(3) * m * p", "m * p", SETS),
+    Mutation("norm: dy_bar loses the residual's cotangent", "csrc/cpu/rms_norm.cpp",
+             " + read_or_zero(zr, i, k), k);\n            if",
+             ", k);\n            if", SETS),
+    Mutation("norm: the last rows have no part in dw", "csrc/cpu/rms_norm.cpp", "last < rows ? last : rows",
+             "last < rows ? last : last - kRowsPerSum", SETS),
+    Mutation("loss: the others do not decay", "csrc/cpu/linear_ce.cpp", "others[r] *= factor;", "",
+             "huge_logits or budget"),
+    Mutation("loss: the target is among the others", "csrc/cpu/linear_ce.cpp",
+             "if (own >= 0) row[own] = from_compute<T>(C(-HUGE_VAL));", "", BUDGETS),
+    Mutation("loss: q forgets the mean", "csrc/cpu/linear_ce.cpp", "(read(tangent + i, k) - middle)",
+             "read(tangent + i, k)", BUDGETS),
+    Mutation("loss: what is behind a row counts", "csrc/cpu/linear_ce.cpp", "p[lane] = C(0);", "p[lane] = p[lane];",
+             "test_rows_beside"),
+    Mutation("loss: the mean loses a W_t", "ttt_kernels/linear_ce/blockwise.py",
+             "mean = mean + by_slope + (of_x * _own_rows(weight, own, x)).sum(1)", "mean = mean + by_slope", BUDGETS),
+    Mutation("loss: x_bar loses dl b", "ttt_kernels/linear_ce/blockwise.py", "accumulate(to_x, block.factor, of_b)",
+             "pass", BUDGETS),
+    Mutation("SGD: l . u is l . l", "csrc/cpu/clipped_sgd.cpp", "sums[3].add(of_l, of_u)", "sums[3].add(of_l, of_l)",
+             BUDGETS),
+    Mutation("SGD: G loses 3 h a / n^2", "ttt_kernels/clipped_sgd/cpu.py", "eta * b - 3 * eta * h * a",
+             "eta * b - eta * h * a", BUDGETS),
+    Mutation("rope: neighbours turn by one angle", "csrc/cpu/rope.cpp",
+             "return __builtin_shufflevector(v, v, (I / 2)...)",
+             "return __builtin_shufflevector(v, v, (I / 4)...)", BUDGETS),
+    Mutation("a twin's inputs have no part in its tangent", "ttt_kernels/jvp.py", "tuple(total(a, b) for",
+             "tuple(a for", "test_the_twin_differentiates"),
     Mutation("Triton: T loses r", T_DOUBLE, "(b_s1 - b_r) * (b_dp - b_delta)", "b_s1 * (b_dp - b_delta)", SMALL),
     Mutation("Triton: T loses D", T_DOUBLE, "(b_s1 - b_r) * (b_dp - b_delta)", "(b_s1 - b_r) * b_dp", SMALL),
     Mutation("Triton: T loses dO C^T", T_DOUBLE, "b_g = b_g + b_doc", "b_g = b_g", SMALL),

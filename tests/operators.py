@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import draw
+from harness import EVERY_BACKEND, draw
 from torch import Tensor
 
-from ttt_kernels.backends import available
 from ttt_kernels.registry import OPERATORS, Operator
 
-BACKENDS = available()
-"""Backends whose kernels run here, interpreted ones included."""
-KERNELS = tuple(name for name in BACKENDS if name != "reference")
+KERNELS = tuple(name for name in EVERY_BACKEND if name != "reference")
 
 
 def flat(values: Sequence[Any]) -> list[Tensor]:

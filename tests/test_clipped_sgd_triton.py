@@ -5,14 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-from harness import assert_within_budget, draw, orders, relative_error
+from harness import assert_within_budget, draw, orders
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.library import opcheck
 from triton_here import DEVICE, needs_triton
 
-from ttt_kernels import backends, clipped_sgd
+from ttt_kernels import clipped_sgd
 from ttt_kernels.clipped_sgd import operator, triton_configs
 from ttt_kernels.clipped_sgd.update import update_
 
@@ -243,47 +242,10 @@ def arguments(copies: bool = True) -> list:
     ]
 
 
-def cotangents() -> list:
-    return [of(20), of(22), torch.tensor(0.7, device=DEVICE)]
-
-
-def flat(results: tuple) -> list[Tensor | None]:
-    return [t for r in results for t in (r if isinstance(r, list) else [r])]
-
-
 def wide(value: object) -> object:
     if isinstance(value, list):
         return [wide(t) for t in value]
     return value.double() if isinstance(value, Tensor) else value
-
-
-@pytest.mark.parametrize("missing", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
-def test_missing_cotangents(missing: tuple[int, ...]) -> None:
-    given = [*(None if i in missing else g for i, g in enumerate(cotangents())), *arguments()]
-    own = flat(operator.kernels["triton"]["double_backward"](*given, [True] * 6))
-    truth = flat(operator.kernels["reference"]["double_backward"](*map(wide, given), [True] * 6))
-    for found, exact in zip(own, truth, strict=True):
-        assert found.shape == exact.shape
-        assert relative_error(found, exact) < 1e-6 if exact.norm() > 0 else found.abs().max() == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("copies", [False, True])
-def test_only_what_is_needed(copies: bool) -> None:
-    kernels, given = operator.kernels["triton"], arguments(copies)
-    for order, results, taken in (("backward", 3, given), ("double_backward", 6, [*cotangents(), *given])):
-        everything = kernels[order](*taken, [True] * results)
-        for wanted in range(results):
-            needs = [i == wanted for i in range(results)]
-            for need, f, e in zip(needs, kernels[order](*taken, needs), everything, strict=True):
-                assert f is None or need
-                assert not need or all(torch.equal(a, b) for a, b in zip(flat((f,)), flat((e,)), strict=True))
-
-
-def test_same_bits_every_time() -> None:
-    given = [*cotangents(), *arguments()]
-    results = [flat(operator.kernels["triton"]["double_backward"](*given, [True] * 6)) for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_results_do_not_share_memory_with_cotangents() -> None:
@@ -299,36 +261,6 @@ def test_chunks_hold_all_elements(counts: tuple[int, ...], monkeypatch: pytest.M
     steps, chunks = triton_configs.divided(counts)
     assert chunks == max(1, sum(-(-n // (2048 * steps)) for n in counts))
     assert chunks <= triton_configs.CHUNKS + len(counts)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("order", ["", "_backward", "_double_backward"])
-def test_opcheck(order: str) -> None:
-    given = arguments()
-    leaves = [t.requires_grad_() for part in given[3:5] for t in part]
-    samples = {
-        "": (leaves[:2], leaves[2:], *given[5:], "triton"),
-        "_backward": (*given, [True] * 3, "triton"),
-        "_double_backward": (*cotangents(), *given, [True] * 6, "triton"),
-    }[order]
-    if order == "_double_backward":
-        samples = tuple([t.detach() for t in a] if isinstance(a, list) and order and a and isinstance(a[0], Tensor)
-                        else a for a in samples)  # fmt: skip
-    opcheck(getattr(torch.ops.ttt_kernels, f"clipped_sgd{order}").default, samples)
-
-
-def test_third_order_raises() -> None:
-    leaves = [t.float().requires_grad_() for t in inputs(1, (4,))]
-    loss = sum(t.square().sum() for t in on("triton")(*leaves))
-    for _ in range(2):
-        grads = torch.autograd.grad(loss, leaves, create_graph=True)
-        loss = sum(g.square().sum() for g in grads)
-    with pytest.raises(RuntimeError, match="clipped_sgd_double_backward"):
-        torch.autograd.grad(loss, leaves)
-
-
-def test_serves_every_order() -> None:
-    assert backends()["triton"]["operators"]["clipped_sgd"] == ("forward", "backward", "double_backward")
 
 
 def test_refuses() -> None:

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import assert_within_budget
-from operators import BACKENDS, EXAMPLES, KERNELS, Example, flat
+from harness import EVERY_BACKEND, assert_within_budget
+from operators import EXAMPLES, KERNELS, Example, flat
 from torch import Tensor
 from torch.library import opcheck
 
@@ -69,7 +69,7 @@ def test_within_budget(name: str, backend: str, dtype: torch.dtype) -> None:
     assert_within_budget(example.on, example.leaves(), dtype, backend, highest=highest, slack=3.0)
 
 
-@pytest.mark.parametrize(("name", "backend"), pairs(BASES, tuple(b for b in BACKENDS if b != "triton")))
+@pytest.mark.parametrize(("name", "backend"), pairs(BASES, tuple(b for b in EVERY_BACKEND if b != "triton")))
 def test_derivatives_are_finite_differences(name: str, backend: str) -> None:
     if name == "clipped_sgd unclipped":
         pytest.skip("a copy of 16 bits has no finite differences")
@@ -206,7 +206,7 @@ def test_expanded_cotangents(name: str, backend: str) -> None:
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "backend"), pairs(BASES, BACKENDS))
+@pytest.mark.parametrize(("name", "backend"), pairs(BASES, EVERY_BACKEND))
 def test_compiles_without_a_break(name: str, backend: str) -> None:
     # Examples differ in what a compiled function may not depend on, and it is compiled only so often.
     torch._dynamo.reset()
@@ -221,7 +221,7 @@ def test_compiles_without_a_break(name: str, backend: str) -> None:
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "backend"), pairs(tuple(EXAMPLES), BACKENDS))
+@pytest.mark.parametrize(("name", "backend"), pairs(tuple(EXAMPLES), EVERY_BACKEND))
 def test_the_order_after_the_last_raises(name: str, backend: str) -> None:
     example = EXAMPLES[name].cast(kernel_dtype(backend))
     leaves = [t.clone().requires_grad_() for t in example.leaves()]
@@ -251,7 +251,7 @@ def test_forward_mode_and_vmap_are_refused(name: str, backend: str) -> None:
         torch.func.vmap(lambda t: public(t, *leaves[1:]))(torch.stack([leaves[0]] * 2))
 
 
-@pytest.mark.parametrize(("name", "backend"), pairs(TWINS, BACKENDS))
+@pytest.mark.parametrize(("name", "backend"), pairs(TWINS, EVERY_BACKEND))
 def test_the_twin_is_the_directional_derivative(name: str, backend: str) -> None:
     example = EXAMPLES[name].cast(kernel_dtype(backend))
     base = EXAMPLES[{"rms_norm_jvp": "rms_norm residual"}.get(name, name.removesuffix("_jvp"))]
@@ -268,7 +268,7 @@ def test_the_twin_is_the_directional_derivative(name: str, backend: str) -> None
             torch.testing.assert_close(o, t, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "backend"), pairs(TWINS, tuple(b for b in BACKENDS if b != "triton")))
+@pytest.mark.parametrize(("name", "backend"), pairs(TWINS, tuple(b for b in EVERY_BACKEND if b != "triton")))
 def test_the_twin_differentiates_in_reverse(name: str, backend: str) -> None:
     leaves = [t.clone().requires_grad_() for t in EXAMPLES[name].leaves()]
     call = lambda *x: tuple(EXAMPLES[name].on(backend)(*x))  # noqa: E731

@@ -8,10 +8,9 @@ from harness import assert_within_budget, draw, relative_error
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.library import opcheck
 from triton_here import DEVICE, needs_triton
 
-from ttt_kernels import backends, linear_cross_entropy, linear_cross_entropy_jvp
+from ttt_kernels import linear_cross_entropy, linear_cross_entropy_jvp
 from ttt_kernels.linear_ce import operator, triton
 from ttt_kernels.linear_ce.blockwise import Block
 
@@ -185,18 +184,6 @@ def test_mean_and_second(factor: torch.dtype | None) -> None:
 # -- Orders called for themselves ---------------------------------------------------------------------------
 
 
-def arguments() -> list:
-    """Of the backward, in float32."""
-    x, weight, target = problem(4, 5, 23)
-    given = (x.float(), weight.float(), target)
-    kept = operator.kernels["triton"]["forward"](*given, IGNORED, True)[1:]
-    return [draw(4, seed=7).float().to(DEVICE), *given, *kept, IGNORED, True]
-
-
-def cotangents() -> list[Tensor | None]:
-    return [draw(*shape, seed=8 + i).float().to(DEVICE) for i, shape in enumerate(((4, 5), (23, 5)))]
-
-
 def assert_close(order: str, given: list, needs: list[bool]) -> None:
     wide = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in given]
     own = operator.kernels["triton"][order](*given, needs)
@@ -205,36 +192,6 @@ def assert_close(order: str, given: list, needs: list[bool]) -> None:
         if need:
             assert e.norm() > 0
             assert relative_error(o, e) < 2e-6
-
-
-@pytest.mark.parametrize("needs", [[True, False], [False, True]])
-def test_backward_computes_only_what_is_needed(needs: list[bool]) -> None:
-    assert_close("backward", arguments(), needs)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("wanted", range(3))
-def test_double_backward_computes_only_what_is_needed(wanted: int) -> None:
-    assert_close("double_backward", [*cotangents(), *arguments()], [i == wanted for i in range(3)])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("missing", [0, 1])
-def test_missing_cotangents(missing: int) -> None:
-    given = [None if i == missing else g for i, g in enumerate(cotangents())]
-    assert_close("double_backward", [*given, *arguments()], [True] * 3)
-
-
-def test_no_cotangent_at_all() -> None:
-    own = operator.kernels["triton"]["double_backward"](None, None, *arguments(), [True] * 3)
-    assert all(t.abs().max() == 0 for t in own)
-
-
-@pytest.mark.slow
-def test_same_bits_every_time() -> None:
-    given = [*cotangents(), *arguments()]
-    results = [operator.kernels["triton"]["double_backward"](*given, [True] * 3) for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_huge_logits_whose_maximum_moves() -> None:
@@ -262,32 +219,6 @@ def test_no_rows() -> None:
 # -- The registered operators and the choice of the backend -------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("order", ["", "_backward", "_double_backward"])
-def test_opcheck(order: str) -> None:
-    d_nll, x, weight, target, *kept = arguments()
-    leaves = [t.requires_grad_() for t in (x, weight)]
-    backward = (d_nll.requires_grad_(), *leaves, target, *kept)
-    samples = {
-        "": (*leaves, target, IGNORED, True, "triton"),
-        "_backward": (*backward, [True] * 2, "triton"),
-        "_double_backward": (*cotangents(), *backward, [True] * 3, "triton"),
-    }[order]
-    if order == "_double_backward":
-        samples = tuple(a.detach() if isinstance(a, Tensor) else a for a in samples)
-    opcheck(getattr(torch.ops.ttt_kernels, f"linear_ce{order}").default, samples)
-
-
-def test_third_order_raises() -> None:
-    x, weight, target = problem(1, 2, 3)
-    leaves = [x.float().requires_grad_(), weight.float().requires_grad_()]
-    loss = linear_cross_entropy(*leaves, target, backend="triton")
-    for _ in range(2):
-        loss = sum(g.square().sum() for g in torch.autograd.grad(loss, leaves, create_graph=True))
-    with pytest.raises(RuntimeError, match="linear_ce_double_backward"):
-        torch.autograd.grad(loss, leaves)
-
-
 @pytest.mark.parametrize("bad", [23, -1, 10**12])
 def test_a_target_outside_the_vocabulary(bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raises; and where nobody could look at it, its loss is NaN and the others are right."""
@@ -301,12 +232,6 @@ def test_a_target_outside_the_vocabulary(bad: int, monkeypatch: pytest.MonkeyPat
     found = losses("triton")(x, weight, target)
     assert found.isnan().tolist() == [False, True, False]
     assert torch.equal(found[::2], expected[::2])
-
-
-def test_serves_every_order() -> None:
-    listed = backends()["triton"]["operators"]
-    assert listed["linear_ce"] == ("forward", "backward", "double_backward")
-    assert listed["linear_ce_jvp"] == ("forward", "backward")
 
 
 def test_refuses() -> None:

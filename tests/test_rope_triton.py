@@ -9,10 +9,9 @@ from harness import assert_within_budget, draw
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.library import opcheck
 from triton_here import DEVICE, needs_triton
 
-from ttt_kernels import backends, rope
+from ttt_kernels import rope
 from ttt_kernels.rope import operator
 from ttt_kernels.rope.triton_configs import LARGEST
 
@@ -108,24 +107,6 @@ def arguments(dtype: torch.dtype = torch.float32) -> list:
     return [draw(*x.shape, seed=3).to(DEVICE, dtype), x, positions_for(x, False), 1e4, True]
 
 
-def test_only_what_is_needed() -> None:
-    given, kernels = arguments(), operator.kernels["triton"]
-    assert kernels["backward"](*given, [False]) == (None,)
-    everything = kernels["double_backward"](given[1], *given, [True] * 2)
-    for needs in ([True, False], [False, True]):
-        found = kernels["double_backward"](given[1], *given, needs)
-        for need, f, e in zip(needs, found, everything, strict=True):
-            assert torch.equal(f, e) if need else f is None
-
-
-def test_missing_cotangents_and_expanded_ones() -> None:
-    given, kernels = arguments(), operator.kernels["triton"]
-    assert all(t.abs().max() == 0 for t in kernels["double_backward"](None, *given, [True] * 2))
-    given[0] = torch.ones((), device=DEVICE).expand(given[1].shape)
-    found, truth = (operator.kernels[b]["backward"](*given, [True])[0] for b in ("triton", "reference"))
-    torch.testing.assert_close(found, truth)
-
-
 def test_the_backward_turns_back() -> None:
     _, x, *rest = arguments()
     turned = operator.kernels["triton"]["forward"](x, *rest)[0]
@@ -134,47 +115,12 @@ def test_the_backward_turns_back() -> None:
     assert (turned - x).abs().max() > 0.1
 
 
-def test_same_bits_every_time() -> None:
-    _, x, *rest = arguments()
-    results = [operator.kernels["triton"]["forward"](x, *rest)[0] for _ in range(2)]
-    assert torch.equal(*results)
-
-
 @pytest.mark.parametrize("shape", [(0, 2, 1, 4), (1, 0, 1, 4), (1, 2, 0, 4)])
 def test_empty(shape: tuple[int, ...]) -> None:
     x = torch.zeros(shape, device=DEVICE).requires_grad_()
     y = rope(x, torch.arange(shape[1], device=DEVICE), backend="triton")
     assert y.shape == shape
     assert torch.autograd.grad(y.sum(), x)[0].shape == shape
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("order", ["", "_backward", "_double_backward"])
-def test_opcheck(order: str) -> None:
-    given = arguments()
-    given[1].requires_grad_()
-    samples = {
-        "": (*given[1:], "triton"),
-        "_backward": (*given, [True], "triton"),
-        "_double_backward": (given[1], *given, [True] * 2, "triton"),
-    }[order]
-    if order == "_double_backward":
-        samples = tuple(a.detach() if isinstance(a, Tensor) else a for a in samples)
-    opcheck(getattr(torch.ops.ttt_kernels, f"rope{order}").default, samples)
-
-
-def test_third_order_raises() -> None:
-    leaf = draw(1, 2, 1, 4, seed=0).float().to(DEVICE).requires_grad_()
-    loss = on("triton")(leaf).square().sum()
-    for _ in range(2):
-        (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
-        loss = grad.square().sum()
-    with pytest.raises(RuntimeError, match="rope_double_backward"):
-        torch.autograd.grad(loss, leaf)
-
-
-def test_serves_every_order() -> None:
-    assert backends()["triton"]["operators"]["rope"] == ("forward", "backward", "double_backward")
 
 
 @pytest.mark.parametrize(

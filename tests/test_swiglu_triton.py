@@ -8,10 +8,9 @@ from harness import assert_within_budget, draw, relative_error
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.library import opcheck
 from triton_here import DEVICE, needs_triton
 
-from ttt_kernels import backends, swiglu
+from ttt_kernels import swiglu
 from ttt_kernels.swiglu import operator, triton, triton_configs
 from ttt_kernels.swiglu.triton_configs import SEPARATE, of_products
 
@@ -134,17 +133,6 @@ def test_extreme_gates_stay_finite() -> None:
 # -- Orders called for themselves ---------------------------------------------------------------------------
 
 
-def arguments() -> list[Tensor]:
-    """Of the backward, in float32."""
-    inputs = [t.float() for t in problem((2, 3), 5, 7, batched=True)]
-    kept = operator.kernels["triton"]["forward"](*inputs)[1:]
-    return [draw(2, 3, 5, seed=7).float().to(DEVICE), *inputs, *kept]
-
-
-def cotangents() -> list[Tensor]:
-    return [draw(*t.shape, seed=8 + i).float().to(DEVICE) for i, t in enumerate(arguments()[1:5])]
-
-
 def assert_close(order: str, given: list, needs: list[bool]) -> None:
     wide = [None if t is None else t.double() for t in given]
     own = operator.kernels["triton"][order](*given, needs)
@@ -158,66 +146,7 @@ def assert_close(order: str, given: list, needs: list[bool]) -> None:
             assert relative_error(o, e) < 2e-6
 
 
-@pytest.mark.parametrize("wanted", range(9))
-def test_only_what_is_needed(wanted: int) -> None:
-    if wanted < 4:
-        assert_close("backward", arguments(), [i == wanted for i in range(4)])
-    else:
-        assert_close("double_backward", [*cotangents(), *arguments()], [i == wanted - 4 for i in range(5)])
-
-
-@pytest.mark.parametrize("given_ones", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
-def test_missing_cotangents(given_ones: tuple[int, ...]) -> None:
-    given = [g if i in given_ones else None for i, g in enumerate(cotangents())]
-    # A cotangent of the last weights alone has no part in the last weights' own.
-    needs = [True] * 4 + [given_ones != (3,)]
-    assert_close("double_backward", [*given, *arguments()], needs)
-
-
-def test_expanded_cotangents() -> None:
-    leaves = [t.float().requires_grad_() for t in problem((2, 3), 4, 5)]
-    own, expected = (
-        torch.autograd.grad(swiglu(*leaves, backend=b).sum(), leaves) for b in ("triton", "reference")
-    )
-    torch.testing.assert_close(own, expected)
-
-
-def test_same_bits_every_time() -> None:
-    given = [*cotangents(), *arguments()]
-    results = [operator.kernels["triton"]["double_backward"](*given, [True] * 5) for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
 # -- The registered operators and the choices ---------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("order", ["", "_backward", "_double_backward"])
-def test_opcheck(order: str) -> None:
-    dy, *inputs, gate, up = arguments()
-    leaves = [t.requires_grad_() for t in inputs]
-    backward = (dy.requires_grad_(), *leaves, gate, up)
-    samples = {
-        "": (*leaves, "triton"),
-        "_backward": (*backward, [True] * 4, "triton"),
-        "_double_backward": (*cotangents(), *(t.detach() for t in backward), [True] * 5, "triton"),
-    }[order]
-    opcheck(getattr(torch.ops.ttt_kernels, f"swiglu{order}").default, samples)
-
-
-def test_third_order_raises() -> None:
-    leaves = [t.float().requires_grad_() for t in problem((1, 2), 2, 3)]
-    loss = swiglu(*leaves, backend="triton").square().sum()
-    for _ in range(2):
-        loss = sum(g.square().sum() for g in torch.autograd.grad(loss, leaves, create_graph=True))
-    with pytest.raises(RuntimeError, match="swiglu_double_backward"):
-        torch.autograd.grad(loss, leaves)
-
-
-def test_serves_every_order() -> None:
-    listed = backends()["triton"]["operators"]
-    assert listed["swiglu"] == ("forward", "backward", "double_backward")
-    assert listed["swiglu_jvp"] == ("forward", "backward")
 
 
 def test_refuses() -> None:
