@@ -199,6 +199,7 @@ def test_what_the_results_take_is_not_counted_beyond_them() -> None:
     assert kernel_child.new_bytes([given[:5], new, new[2:]], [given, (True, False)]) == 48
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("operator", SMALL)
 def test_an_object_for_every_contender_and_order(
@@ -227,6 +228,7 @@ def test_an_object_for_every_contender_and_order(
     assert ("beyond outputs" in out) == (operator == "linear_cross_entropy")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("operator", NAMES)
 def test_no_speed_is_reported_of_a_wrong_result(
@@ -315,6 +317,7 @@ def test_an_error_in_a_row_that_only_the_full_size_has_is_found(
     assert [r["status"] for r in rows_of("linear_cross_entropy", tmp_path, *arguments, status=1)] == ["wrong"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("operator", ["swiglu", "linear_cross_entropy", "rms_norm", "rope"])
 def test_packages_that_are_not_there_have_a_reason(
@@ -329,6 +332,7 @@ def test_packages_that_are_not_there_have_a_reason(
     assert "not measured:" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_what_would_not_fit_is_left_out_with_a_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -358,7 +362,7 @@ def test_what_would_not_fit_is_left_out_with_a_reason(
         ("linear_cross_entropy", ["--vocab", "1"], "--vocab=1"),
         ("linear_cross_entropy", ["--hidden", "-1"], "--hidden=-1"),
         ("rms_norm", ["--hidden", "0"], "--hidden=0"),
-        ("rms_norm", ["--backend", "triton"], "triton"),
+        ("rms_norm", ["--backend", "cuda"], "cuda"),
         ("rope", ["--head-dim", "7"], "--head-dim=7"),
         ("rope", ["--heads", "0"], "--heads=0"),
         ("clipped_sgd", ["--blocks", "0"], "--blocks=0"),

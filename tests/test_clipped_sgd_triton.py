@@ -15,7 +15,8 @@ from ttt_kernels import clipped_sgd
 from ttt_kernels.clipped_sgd import operator, triton_configs
 from ttt_kernels.clipped_sgd.update import update_
 
-pytestmark = needs_triton
+# test_every_operator.py has a fast test of every order.
+pytestmark = [needs_triton, pytest.mark.slow]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {
     "contiguous": lambda t: t,
@@ -70,7 +71,6 @@ def test_within_budget(dtype: torch.dtype, max_norm: float | None, copy_dtype: t
     assert_within_budget(step, inputs(1, (5,), (35, 3)), dtype, "triton")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("max_norm", [None, 9.0])
 def test_within_budget_of_a_longer_tuple(max_norm: float | None) -> None:
     """Of tensors that are empty, or of one element, and of more than one sequence."""
@@ -78,7 +78,6 @@ def test_within_budget_of_a_longer_tuple(max_norm: float | None) -> None:
     assert_within_budget(step, inputs(2, (0,), (5,), (11, 3), (0,), (1,), (0,)), torch.float32, "triton")
 
 
-@pytest.mark.slow
 # To find a smaller failing example takes minutes.
 @settings(max_examples=3, phases=[Phase.explicit, Phase.generate])
 @given(data=st.data())

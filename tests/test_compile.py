@@ -61,7 +61,7 @@ def compile_kernels(*given: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["forward", "backward"])
+@pytest.mark.parametrize("kernel", ["swa.forward", "swa.backward", "swiglu.gate_and_up"])
 def test_kernels_compile_for_every_architecture(kernel: str) -> None:
     done = compile_kernels("--kernel", kernel, "--variant", "fp16")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -87,7 +87,10 @@ def test_launches_bind_their_arguments() -> None:
 
 @pytest.mark.slow
 def test_every_kernel_is_listed() -> None:
-    code = "from ttt_kernels.swa.triton_aot import cases; print(*{c.name for c in cases(90)})"
+    code = (
+        "from ttt_kernels.compile import OPERATORS, cases; "
+        "print(*{c.name for operator in OPERATORS for c in cases(operator, 90)})"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -95,9 +98,19 @@ def test_every_kernel_is_listed() -> None:
         env={**os.environ, "TRITON_INTERPRET": "0"},
         check=True,
     )
-    passes = ("forward", "backward_queries", "backward_keys")
-    second = ("along", "double_backward_queries", "double_backward_keys")
-    assert set(done.stdout.split()) == {f"swa.{name}" for name in passes + second}
+    orders = ("forward", "backward", "double_backward")
+    kernels = {
+        "swa": (
+            *("forward", "backward_queries", "backward_keys"),
+            *("along", "double_backward_queries", "double_backward_keys"),
+        ),
+        "swiglu": ("gate_and_up", *orders),
+        "linear_ce": ("online", "d_logits", "second"),
+        "rms_norm": (*orders, "total"),
+        "rope": ("rotate",),
+        "clipped_sgd": CLIPPED_SGD,
+    }
+    assert set(done.stdout.split()) == {f"{o}.{name}" for o, names in kernels.items() for name in names}
 
 
 def test_failures_make_the_exit_status(

@@ -11,7 +11,6 @@ from torch.library import opcheck
 
 from ttt_kernels.registry import OPERATORS, ORDERS
 
-HALF = (torch.bfloat16, torch.float16)
 BASES = tuple(name for name in EXAMPLES if not name.endswith("_jvp"))
 TWINS = tuple(name for name in EXAMPLES if name.endswith("_jvp"))
 
@@ -60,9 +59,18 @@ def test_every_kernel_backend_serves_every_order() -> None:
             assert operator.orders(backend) == operator.orders("reference")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize(("name", "backend"), pairs(tuple(EXAMPLES), KERNELS, slow=()))
+def test_within_budget(name: str, backend: str) -> None:
+    within_budget(name, backend, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("name", "backend"), pairs(tuple(EXAMPLES), KERNELS))
-def test_within_budget(name: str, backend: str, dtype: torch.dtype) -> None:
+def test_within_budget_in_16_bits(name: str, backend: str, dtype: torch.dtype) -> None:
+    within_budget(name, backend, dtype)
+
+
+def within_budget(name: str, backend: str, dtype: torch.dtype) -> None:
     example = EXAMPLES[name]
     highest = len(served(example, "reference")) - 1
     # A learning rate's gradient is an inner product, which cancels.
@@ -268,7 +276,9 @@ def test_the_twin_is_the_directional_derivative(name: str, backend: str) -> None
             torch.testing.assert_close(o, t, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "backend"), pairs(TWINS, tuple(b for b in EVERY_BACKEND if b != "triton")))
+@pytest.mark.parametrize(
+    ("name", "backend"), pairs(TWINS, tuple(b for b in EVERY_BACKEND if b != "triton"), slow=("reference",))
+)
 def test_the_twin_differentiates_in_reverse(name: str, backend: str) -> None:
     leaves = [t.clone().requires_grad_() for t in EXAMPLES[name].leaves()]
     call = lambda *x: tuple(EXAMPLES[name].on(backend)(*x))  # noqa: E731

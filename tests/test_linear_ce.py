@@ -24,8 +24,11 @@ from ttt_kernels import linear_cross_entropy, linear_cross_entropy_jvp
 from ttt_kernels.linear_ce import blocks, operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-FLOOR = 8.0
-"""Epsilons allowed beside the plain formulas' error: that of probabilities which make nearly one is small by luck."""
+
+
+def floor(dtype: torch.dtype) -> float | None:
+    """In float64 the plain formulas are the truth, but a single row's gradients cancel."""
+    return 32.0 if dtype == torch.float64 else None
 
 
 @pytest.fixture
@@ -70,7 +73,8 @@ def plain(x: Tensor, weight: Tensor, target: Tensor, reduction: str = "none") ->
 @settings(max_examples=12)
 @given(rows=st.integers(1, 9), d=st.integers(3, 24), classes=st.integers(2, 40))
 def test_every_order_within_budget(backend: str, dtype: torch.dtype, rows: int, d: int, classes: int) -> None:
-    assert_within_budget(losses, problem(rows, d, classes), dtype, backend, slack=3.0)
+    inputs = problem(rows, d, classes)
+    assert_within_budget(losses, inputs, dtype, backend, slack=3.0, floor=floor(dtype))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -267,7 +271,7 @@ def test_every_instruction_set(name: str, dtype: torch.dtype, monkeypatch: pytes
     with instruction_set(name):
         for size in (1, 5, 16, 67):
             in_blocks_of(monkeypatch, size)
-            assert_within_budget(losses, problem(9, 11, 150), dtype, "cpu", floor=FLOOR)
+            assert_within_budget(losses, problem(9, 11, 150), dtype, "cpu", slack=3.0, floor=floor(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

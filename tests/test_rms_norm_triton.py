@@ -15,7 +15,8 @@ from ttt_kernels.rms_norm import operator
 from ttt_kernels.rms_norm.triton_configs import LARGEST
 from ttt_kernels.rms_norm.triton_located import rows_of
 
-pytestmark = needs_triton
+# test_every_operator.py has a fast test of every order.
+pytestmark = [needs_triton, pytest.mark.slow]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {
     "contiguous": lambda x: x,
@@ -75,7 +76,6 @@ def test_float32_weight_beside_half_x(dtype: torch.dtype) -> None:
     assert (dx.dtype, dw.dtype) == (dtype, torch.float32)
 
 
-@pytest.mark.slow
 def test_long_rows_are_summed_apart() -> None:
     assert_within_budget(on, inputs(1, 2, 1, 5000), torch.float32, "triton")
 

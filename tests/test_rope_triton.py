@@ -15,7 +15,8 @@ from ttt_kernels import rope
 from ttt_kernels.rope import operator
 from ttt_kernels.rope.triton_configs import LARGEST
 
-pytestmark = needs_triton
+# test_every_operator.py has a fast test of every order.
+pytestmark = [needs_triton, pytest.mark.slow]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {
     "contiguous": lambda x: x,

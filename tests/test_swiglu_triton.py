@@ -14,7 +14,8 @@ from ttt_kernels import swiglu
 from ttt_kernels.swiglu import operator, triton, triton_configs
 from ttt_kernels.swiglu.triton_configs import SEPARATE, of_products
 
-pytestmark = needs_triton
+# test_every_operator.py has a fast test of every order.
+pytestmark = [needs_triton, pytest.mark.slow]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -47,7 +48,6 @@ def test_within_budget_in_float32(batched: bool) -> None:
     assert_within_budget(on, problem((2, 17), 48, 48, batched), torch.float32, "triton")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.usefixtures("candidate")
@@ -57,7 +57,6 @@ def test_within_budget_in_16_bits(dtype: torch.dtype, native: bool, monkeypatch:
     assert_within_budget(on, problem((1, 17), 16, 48, True), dtype, "triton")
 
 
-@pytest.mark.slow
 # To find a smaller failing example takes minutes.
 @settings(max_examples=4, phases=[Phase.explicit, Phase.generate])
 @given(data=st.data())
@@ -69,7 +68,6 @@ def test_within_budget_of_anything(data: st.DataObject) -> None:
     assert_within_budget(on, inputs, dtype, "triton")
 
 
-@pytest.mark.slow
 def test_tiles_in_every_place() -> None:
     """More tiles below each other than follow one another, of several sequences."""
     x, w_gate, w_up, _ = (t.float() for t in problem((2, 16 * 9 + 1), 16, 48, True))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import BACKENDS
+from harness import EVERY_BACKEND
 from safetensors.torch import safe_open, save_file
 
 from engine import TTTConfig, TTTModel
@@ -75,7 +75,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_backend_that_cannot_run_here_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for backend in {"cpu", "triton", "cuda"} - set(BACKENDS):
+    for backend in {"cpu", "triton", "cuda"} - set(EVERY_BACKEND):
         assert main(["verify", str(CASE), "--backend", backend]) == 2
         assert backend in one_line(capsys)
 

@@ -99,25 +99,6 @@ void d_logits(T* logits, int64_t rows, int64_t cols, int64_t first, const int64_
 }
 
 template <class T, class C = compute_t<T>>
-void mean_along(const T* logits, const T* along, int64_t rows, int64_t cols, int64_t first,
-                const int64_t* target, const C* lse, C* mean, C* picked) {
-    over_rows(rows, cols, first, target, [=](int64_t r, int64_t own) {
-        const T* row = logits + r * cols;
-        const T* tangent = along + r * cols;
-        const C m = lse[r];
-        vec<C> sum{};
-        for_each_vector<C>(0, cols, [&](int64_t i, int64_t k) {
-            vec<C> p = exp(read(row + i, k) - m);
-            // What is read behind the row's end has no probability.
-            for (int64_t lane = k; lane < lanes<C>; ++lane) p[lane] = C(0);
-            sum += p * read(tangent + i, k);
-        });
-        mean[r] += sum_lanes<C>(sum);
-        if (own >= 0) picked[r] += to_compute(tangent[own]);
-    });
-}
-
-template <class T, class C = compute_t<T>>
 void second(T* logits, T* along, int64_t rows, int64_t cols, int64_t first, const int64_t* target,
             const C* lse, const C* mean, const C* d_nll) {
     over_rows(rows, cols, first, target, [=](int64_t r, int64_t own) {
@@ -155,16 +136,6 @@ void linear_ce_d_logits(Dtype dtype, void* logits, int64_t rows, int64_t cols, i
         using C = compute_t<T>;
         d_logits<T>(static_cast<T*>(logits), rows, cols, first, target, static_cast<const C*>(lse),
                     static_cast<const C*>(d_nll));
-    });
-}
-
-void linear_ce_mean(Dtype dtype, const void* logits, const void* along, int64_t rows, int64_t cols,
-                    int64_t first, const int64_t* target, const void* lse, void* mean, void* picked) {
-    dispatch(dtype, [&](auto element) {
-        using T = decltype(element);
-        using C = compute_t<T>;
-        mean_along<T>(static_cast<const T*>(logits), static_cast<const T*>(along), rows, cols, first, target,
-                      static_cast<const C*>(lse), static_cast<C*>(mean), static_cast<C*>(picked));
     });
 }
 

@@ -13,17 +13,12 @@
     /* logits become d_nll * (e^(logit - lse) - [the class is the target]) */                                \
     void linear_ce_d_logits(Dtype dtype, void* logits, int64_t rows, int64_t cols, int64_t first,            \
                             const int64_t* target, const void* lse, const void* d_nll);                      \
-    /* along (rows, cols): tangents of the logits. Adds to mean (rows) the sum of e^(logit - lse) along, and \
-       to picked (rows) that of the target. */                                                               \
-    void linear_ce_mean(Dtype dtype, const void* logits, const void* along, int64_t rows, int64_t cols,      \
-                        int64_t first, const int64_t* target, const void* lse, void* mean, void* picked);    \
-    /* With P = e^(logit - lse): logits become d_nll * (P - [the class is the target]), and along becomes    \
-       d_nll P (along - mean). */                                                                            \
+    /* With along (rows, cols), tangents of the logits, and P = e^(logit - lse): logits become d_nll * (P -  \
+       [the class is the target]), and along becomes d_nll P (along - mean). */                                                                                  \
     void linear_ce_second(Dtype dtype, void* logits, void* along, int64_t rows, int64_t cols, int64_t first, \
                           const int64_t* target, const void* lse, const void* mean, const void* d_nll);
 
 #define TTT_LIST_LINEAR_CE(X) \
     X(linear_ce_online)       \
     X(linear_ce_d_logits)     \
-    X(linear_ce_mean)         \
     X(linear_ce_second)

@@ -57,12 +57,6 @@ class Passes(Protocol):
         """The block's factor becomes dl = d (P - Y)."""
         ...
 
-    def mean(
-        self, block: Block, along: Tensor, own: Tensor, lse: Tensor, mean: Tensor, picked: Tensor
-    ) -> None:
-        """Adds to mean the sum of P l^, and to picked l^_t, `along` (N, cols) being l^."""
-        ...
-
     def second(self, block: Block, along: Block, own: Tensor, lse: Tensor, mean: Tensor, d: Tensor) -> None:
         """The block's factor becomes dl, and that of along, whose logits are l^, becomes q = d P (l^ - mean)."""
         ...
@@ -199,7 +193,9 @@ def double_backward(
 ) -> tuple[Optional, Optional, Optional]:
     """As `reference.double_backward`.
 
-    What a adds to r - l^_t is a . g, without a product; with b a first sweep has two, x W^T and x b^T.
+    With t = (P - Y) b, the change of g that b makes through the last product, r - l^_t is a . g + x . t, and what
+    dl b adds to x's cotangent is d t. So with b a first sweep has two products, x W^T and t, and the second has no
+    dl b.
     """
     likes = zip((d_nll, x, weight), needs, strict=True)
     if g_x is None and g_weight is None:
@@ -208,25 +204,31 @@ def double_backward(
     wide, ignored = compute_dtype(x.dtype), target == ignore_index
     own, lse = _own(target, weight.shape[0]), lse.contiguous()
     d = d_nll.masked_fill(ignored, 0).contiguous()
-    memory = _Memory(x, weight)
+    memory, second = _Memory(x, weight), _Memory(x, weight)
     a = None if g_x is None else operand(g_x)
-    mean, picked = x.new_zeros(target.shape, dtype=wide), x.new_zeros(target.shape, dtype=wide)
-    second = _Memory(x, weight)
+    rise = x.new_zeros(target.shape, dtype=wide)
+    at_own = torch.zeros_like(rise)
+    turn = None
     if g_weight is not None:
+        turn, one = x.new_zeros(x.shape, dtype=wide), torch.ones_like(d)
         for block in _logits(memory):
-            along = _tangents(second, block, None, second.weights(g_weight, block.part))
-            passes.mean(block, along.logits, own, lse, mean, picked)
-    rise = mean - picked
+            passes.d_logits(block, own, lse, one)
+            accumulate(turn, block.factor, second.weights(g_weight, block.part))
+        of_x = memory.x.to(wide)
+        rise = rise + (of_x * turn).sum(1)
+        at_own = at_own + (of_x * _own_rows(g_weight, own, x)).sum(1)
     if g_x is not None:
-        of_x = g_x.to(wide)
-        by_slope = (of_x * slope).sum(1)
-        rise = rise + by_slope
-        mean = mean + by_slope + (of_x * _own_rows(weight, own, x)).sum(1)
+        of_a = g_x.to(wide)
+        rise = rise + (of_a * slope).sum(1)
+        at_own = at_own + (of_a * _own_rows(weight, own, x)).sum(1)
     to_d_nll = rise.masked_fill(ignored, 0) if needs[0] else None
     if not any(needs[1:]):
         return to_d_nll, None, None
 
-    to_x = x.new_zeros(x.shape, dtype=wide) if needs[1] else None
+    mean = rise + at_own
+    to_x = None
+    if needs[1]:
+        to_x = x.new_zeros(x.shape, dtype=wide) if turn is None else turn.mul_(d[:, None])
     to_weight = weight.new_empty(weight.shape) if needs[2] else None
     for block in _logits(memory):
         of_b = None if g_weight is None else second.weights(g_weight, block.part)
@@ -234,8 +236,6 @@ def double_backward(
         passes.second(block, along, own, lse, mean, d)
         if to_x is not None:
             accumulate(to_x, along.factor, block.weight)
-            if of_b is not None:
-                accumulate(to_x, block.factor, of_b)
         if to_weight is not None:
             pairs = [(along.factor, memory.x)] + ([] if a is None else [(block.factor, a)])
             _product_rows(to_weight, block.part, *pairs)

@@ -38,15 +38,6 @@ class _Passes:
     def d_logits(self, block: Block, own: Tensor, lse: Tensor, d: Tensor) -> None:
         kernels().linear_ce_d_logits(*_located(block), own.data_ptr(), lse.data_ptr(), d.data_ptr())
 
-    def mean(
-        self, block: Block, along: Tensor, own: Tensor, lse: Tensor, mean: Tensor, picked: Tensor
-    ) -> None:
-        code, logits, rows, cols, first = _located(block)
-        kernels().linear_ce_mean(
-            code, logits, along.data_ptr(), rows, cols, first,
-            *(t.data_ptr() for t in (own, lse, mean, picked)),
-        )  # fmt: skip
-
     def second(self, block: Block, along: Block, own: Tensor, lse: Tensor, mean: Tensor, d: Tensor) -> None:
         code, logits, rows, cols, first = _located(block)
         kernels().linear_ce_second(

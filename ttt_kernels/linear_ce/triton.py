@@ -54,13 +54,6 @@ class _Passes:
 
         _run(triton_kernels.d_logits, block, p_factor=block.factor, p_own=own, p_lse=lse, p_d=d)
 
-    def mean(
-        self, block: Block, along: Tensor, own: Tensor, lse: Tensor, mean: Tensor, picked: Tensor
-    ) -> None:
-        from ttt_kernels.linear_ce import triton_kernels
-
-        _run(triton_kernels.mean, block, p_along=along, p_own=own, p_lse=lse, p_mean=mean, p_picked=picked)
-
     def second(self, block: Block, along: Block, own: Tensor, lse: Tensor, mean: Tensor, d: Tensor) -> None:
         from ttt_kernels.linear_ce import triton_kernels
 

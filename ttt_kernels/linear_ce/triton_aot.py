@@ -10,7 +10,6 @@ from ttt_kernels.tuning import Config
 _KERNELS = {
     "online": triton_kernels.online,
     "d_logits": triton_kernels.d_logits,
-    "mean": triton_kernels.mean,
     "second": triton_kernels.second,
 }
 

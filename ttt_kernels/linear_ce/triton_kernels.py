@@ -121,25 +121,6 @@ def d_logits(p_logits, p_factor, p_own, p_lse, p_d, first, cols, ALIGNED: tl.con
 
 
 @triton.jit(do_not_specialize=["first", "cols"])
-def mean(
-    p_logits, p_along, p_own, p_lse, p_mean, p_picked, first, cols,
-    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Adds the sum of P l^ to p_mean and l^ at the target to p_picked, l^ being p_along."""
-    row = tl.program_id(0).to(tl.int64)
-    cols = _length(cols, ALIGNED)
-    own = _own_place(p_own, row, first, cols)
-    lse = tl.load(p_lse + row)
-    b_sum = tl.zeros((BLOCK,), tl.float32)
-    for start in tl.range(0, cols, BLOCK):
-        b_p = tl.exp(_load(p_logits + row * cols, start, cols, _NONE, BLOCK) - lse)
-        b_sum += b_p * _load(p_along + row * cols, start, cols, 0.0, BLOCK)
-    tl.store(p_mean + row, tl.load(p_mean + row) + tl.sum(b_sum, 0))
-    picked = tl.load(p_picked + row) + _at(p_along + row * cols, own)
-    tl.store(p_picked + row, picked, mask=own >= 0)
-
-
-@triton.jit(do_not_specialize=["first", "cols"])
 def second(
     p_logits, p_along, p_factor, p_factor_along, p_own, p_lse, p_mean, p_d, first, cols,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
