@@ -14,7 +14,7 @@
     void linear_ce_d_logits(Dtype dtype, void* logits, int64_t rows, int64_t cols, int64_t first,            \
                             const int64_t* target, const void* lse, const void* d_nll);                      \
     /* With along (rows, cols), tangents of the logits, and P = e^(logit - lse): logits become d_nll * (P -  \
-       [the class is the target]), and along becomes d_nll P (along - mean). */                                                                                  \
+       [the class is the target]), and along becomes d_nll P (along - mean). */                              \
     void linear_ce_second(Dtype dtype, void* logits, void* along, int64_t rows, int64_t cols, int64_t first, \
                           const int64_t* target, const void* lse, const void* mean, const void* d_nll);
 

@@ -10,8 +10,8 @@
     void swiglu_backward(Dtype dtype, Dtype product, const void* gate, const void* up, const void* d_hidden, \
                          void* d_gate, void* d_up, void* hidden, int64_t count);                             \
     /* besides h_bar, t_gate and t_up in product, null for zero: the cotangent of hidden that dw_down's      \
-       gives, and the tangents of gate and up -> in product, each unless null: hidden's tangent, the                      \
-       cotangents of gate and up, and what backward gives. Results may be written over what has their type.                      \
+       gives, and the tangents of gate and up -> in product, each unless null: hidden's tangent, the         \
+       cotangents of gate and up, and what backward gives. Results may be written over what has their type.  \
      */                                                                                                      \
     void swiglu_double_backward(Dtype dtype, Dtype product, const void* gate, const void* up,                \
                                 const void* d_hidden, const void* h_bar, const void* t_gate,                 \
