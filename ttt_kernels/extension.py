@@ -4,6 +4,7 @@ from importlib import resources
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -32,6 +33,16 @@ def kernels() -> ModuleType:
 def dtype_code(dtype: torch.dtype) -> int:
     """Code of an element type in csrc/common/scalar.h."""
     return _DTYPE_CODES[dtype]
+
+
+def addresses(*tensors: Tensor | None) -> list[int]:
+    """Of first elements; 0 for a tensor that is missing."""
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def located(rows: Tensor | None) -> tuple[int, int]:
+    """Address and row stride of a matrix that may be missing."""
+    return (0, 0) if rows is None else (rows.data_ptr(), rows.stride(0))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

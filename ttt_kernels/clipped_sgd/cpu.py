@@ -6,21 +6,11 @@ import torch
 from torch import Tensor
 
 from ttt_kernels.clipped_sgd.reference import Tensors, d_new, inverse_norm, scale_of
-from ttt_kernels.extension import dtype_code, kernels
+from ttt_kernels.clipped_sgd.rows import rows_of
+from ttt_kernels.extension import dtype_code, kernels, located
 
 _BLOCK = 8192
 """Elements that the kernel sums at a time (kBlock in csrc/cpu/clipped_sgd.cpp)."""
-
-
-def _rows(t: Tensor) -> Tensor:
-    """(B, n) with unit stride in n; copies only where a sequence's elements are not contiguous."""
-    rows = t.reshape(t.shape[0], t.shape[1:].numel())
-    return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
-
-
-def _located(rows: Tensor | None) -> tuple[int, int]:
-    """Address and stride of rows that may be missing."""
-    return (0, 0) if rows is None else (rows.data_ptr(), rows.stride(0))
 
 
 def _dots(g: Tensors, ell: Tensors | None = None, u: Tensors | None = None) -> Tensor:
@@ -31,7 +21,7 @@ def _dots(g: Tensors, ell: Tensors | None = None, u: Tensors | None = None) -> T
             others = [None if t is None else t[i] for t in (ell, u)]
             scratch = torch.empty(4, x.shape[0], -(-x.shape[1] // _BLOCK), dtype=torch.float64, device="cpu")
             kernels().clipped_sgd_dots(
-                dtype_code(x.dtype), *_located(x), *_located(others[0]), *_located(others[1]),
+                dtype_code(x.dtype), *located(x), *located(others[0]), *located(others[1]),
                 scratch.data_ptr(), sums.data_ptr(), *x.shape,
             )  # fmt: skip
     return sums
@@ -50,13 +40,13 @@ def _combine(
         # Bound to a name: a temporary would be freed before the kernel reads it.
         factors = [None if term is None else term[1].contiguous() for term in (a, b, c)]
         terms = [
-            (*_located(None if term is None else term[0]), 0 if factor is None else factor.data_ptr())
+            (*located(None if term is None else term[0]), 0 if factor is None else factor.data_ptr())
             for term, factor in zip((a, b, c), factors, strict=True)
         ]
         kernels().clipped_sgd_combine(
             dtype_code(out.dtype), *(n for term in terms for n in term),
-            active.data_ptr() if active is not None else 0, *_located(out),
-            dtype_code(copied.dtype), *_located(copy), *out.shape,
+            active.data_ptr() if active is not None else 0, *located(out),
+            dtype_code(copied.dtype), *located(copy), *out.shape,
         )  # fmt: skip
 
 
@@ -69,13 +59,13 @@ def _step(
     copies: Tensors | None,
     active: Tensor | None,
 ) -> Tensor:
-    rows = [_rows(g) for g in grads]
+    rows = [rows_of(g) for g in grads]
     norm = _dots(rows)[0].sqrt()
     factor = -lr.to(norm.dtype) * scale_of(norm, max_norm)[0]
     one = torch.ones_like(norm)
     for i, (w, g) in enumerate(zip(weights, rows, strict=True)):
         copy = copies[i].view(g.shape) if copies else None
-        _combine((_rows(w), one), (g, factor), None, out[i].view(g.shape), copy, active)
+        _combine((rows_of(w), one), (g, factor), None, out[i].view(g.shape), copy, active)
     return norm.to(weights[0].dtype if weights[0].dtype == torch.float64 else torch.float32)
 
 
@@ -102,7 +92,7 @@ def backward(
 ) -> tuple[list[Tensor] | None, list[Tensor] | None, Tensor | None]:
     """As `reference.backward`."""
     cotangents = d_new(d_weights, d_copies)
-    rows, d_rows = [_rows(g) for g in grads], [_rows(c) for c in cotangents]
+    rows, d_rows = [rows_of(g) for g in grads], [rows_of(c) for c in cotangents]
     square, product, _, _ = _dots(rows, d_rows)
     norm = square.sqrt()
     inverse = inverse_norm(norm)
@@ -140,8 +130,8 @@ def double_backward(
     Tensor | None,
 ]:
     """As `reference.double_backward`, letters as there."""
-    rows, l_rows = [_rows(g) for g in grads], [_rows(c) for c in d_new(d_weights, d_copies)]
-    u_rows = None if g_grads is None else [_rows(u) for u in g_grads]
+    rows, l_rows = [rows_of(g) for g in grads], [rows_of(c) for c in d_new(d_weights, d_copies)]
+    u_rows = None if g_grads is None else [rows_of(u) for u in g_grads]
     square, h, a, b = _dots(rows, l_rows, u_rows)
     norm = square.sqrt()
     inverse = inverse_norm(norm)
@@ -155,7 +145,7 @@ def double_backward(
     if needs[0] or needs[2]:
         to_l = [g.new_empty(g.shape) for g in grads]
         for i, (row, out) in enumerate(zip(rows, to_l, strict=True)):
-            direct = None if g_weights is None else (_rows(g_weights[i]), one)
+            direct = None if g_weights is None else (rows_of(g_weights[i]), one)
             upper = (row, torch.zeros_like(norm)) if u_rows is None else (u_rows[i], -eta * s)
             _combine((row, of_g), upper, direct, out.view(row.shape))
     to_g = None

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ttt_kernels import triton_launch
 from ttt_kernels.clipped_sgd.reference import Tensors
+from ttt_kernels.clipped_sgd.rows import rows_of
 from ttt_kernels.clipped_sgd.triton_configs import configs, divided
 
 
@@ -15,14 +16,8 @@ def located(tensors: Tensors | None) -> tuple[tuple[Tensor, ...], tuple[int, ...
     """Tensors (B, ...) as kernels take them, with the strides of their sequences; None where there are none."""
     if not tensors:
         return None
-    rows = [_rows(t) for t in tensors]
+    rows = [rows_of(t) for t in tensors]
     return tuple(rows), tuple(row.stride(0) for row in rows)
-
-
-def _rows(t: Tensor) -> Tensor:
-    """(B, n) with unit stride in n; copies only where a sequence's elements are not contiguous."""
-    rows = t.reshape(t.shape[0], t.shape[1:].numel())
-    return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
 def number(value: Tensor | float | None) -> Tensor | int | None:

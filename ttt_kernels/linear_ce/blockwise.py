@@ -113,7 +113,7 @@ def _tangents(memory: _Memory, like: Block, a: Optional, of_b: Optional) -> Bloc
 
 def _own(target: Tensor, classes: int) -> Tensor:
     """The targets, and -1 for what is no class."""
-    return torch.where((target < 0) | (target >= classes), -1, target)
+    return torch.where(targets.outside(target, classes), -1, target)
 
 
 def _own_rows(weight: Tensor, own: Tensor, x: Tensor) -> Tensor:

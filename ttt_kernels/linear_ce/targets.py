@@ -4,13 +4,18 @@ import torch
 from torch import Tensor
 
 
+def outside(target: Tensor, classes: int) -> Tensor:
+    """Which targets are no class."""
+    return (target < 0) | (target >= classes)
+
+
 def check(target: Tensor, classes: int, ignore_index: int) -> None:
     """Every target is a class or `ignore_index`.
 
     Raises:
         ValueError: one is neither; the message names it.
     """
-    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    bad = outside(target, classes) & (target != ignore_index)
     if bad.any():
         raise ValueError(
             f"linear_cross_entropy: target holds {int(target[bad][0])}; accepted are the classes 0 to "
@@ -23,6 +28,5 @@ def losses(values: Tensor, target: Tensor, classes: int, ignore_index: int) -> T
 
     NaN, because nobody has checked the targets of a call that is traced or transformed.
     """
-    outside = (target < 0) | (target >= classes)
-    values = values.masked_fill(outside, torch.nan)
+    values = values.masked_fill(outside(target, classes), torch.nan)
     return torch.where(target == ignore_index, torch.zeros_like(values), values)

@@ -12,19 +12,22 @@ from ttt_kernels.linear_ce import blockwise
 from ttt_kernels.linear_ce.blockwise import Block
 from ttt_kernels.linear_ce.triton_configs import config
 from ttt_kernels.registry import Kernel
-from ttt_kernels.triton_launch import on
+from ttt_kernels.triton_launch import launch
 
 
-def _run(kernel: Any, block: Block, **arguments: Any) -> None:
+def _run(name: str, kernel: Any, block: Block, **arguments: Any) -> None:
     """Launches a kernel with a program per row of a block."""
     rows, cols = block.logits.shape
-    if rows == 0:
-        return
-    chosen = config(cols)
-    with on(block.logits.device):
-        kernel[(rows,)](
-            p_logits=block.logits, first=block.part.start, cols=cols, ALIGNED=cols % 16 == 0,
-            **arguments, **dict(chosen.sizes), **chosen.options(),
+    if rows:
+        shared = {
+            "p_logits": block.logits,
+            "first": block.part.start,
+            "cols": cols,
+            "ALIGNED": cols % 16 == 0,
+        }
+        launch(
+            f"linear_ce.{name}", kernel, lambda _: rows, (config(cols),), (), block.logits.device,
+            {**shared, **arguments},
         )  # fmt: skip
 
 
@@ -43,8 +46,7 @@ class _Passes:
     ) -> None:
         from ttt_kernels.linear_ce import triton_kernels
 
-        _run(
-            triton_kernels.online, block, p_factor=None if acc is None else block.factor, p_own=own,
+        _run("online", triton_kernels.online, block, p_factor=None if acc is None else block.factor, p_own=own,
             p_max=maximum, p_sum=sums, p_others=others, p_picked=picked, p_acc=acc,
             width=0 if acc is None else acc.shape[1],
         )  # fmt: skip
@@ -52,13 +54,12 @@ class _Passes:
     def d_logits(self, block: Block, own: Tensor, lse: Tensor, d: Tensor) -> None:
         from ttt_kernels.linear_ce import triton_kernels
 
-        _run(triton_kernels.d_logits, block, p_factor=block.factor, p_own=own, p_lse=lse, p_d=d)
+        _run("d_logits", triton_kernels.d_logits, block, p_factor=block.factor, p_own=own, p_lse=lse, p_d=d)
 
     def second(self, block: Block, along: Block, own: Tensor, lse: Tensor, mean: Tensor, d: Tensor) -> None:
         from ttt_kernels.linear_ce import triton_kernels
 
-        _run(
-            triton_kernels.second, block, p_along=along.logits, p_factor=block.factor,
+        _run("second", triton_kernels.second, block, p_along=along.logits, p_factor=block.factor,
             p_factor_along=along.factor, p_own=own, p_lse=lse, p_mean=mean, p_d=d,
         )  # fmt: skip
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ttt_kernels.extension import compute_dtype, dtype_code, kernels
+from ttt_kernels.extension import addresses, compute_dtype, dtype_code, kernels, located
 
 _ROWS_PER_SUM = 32
 """As in csrc/cpu/rms_norm.cpp."""
@@ -18,15 +18,6 @@ def _rows(t: Tensor) -> Tensor:
 
 def _rows_or_none(t: Tensor | None) -> Tensor | None:
     return None if t is None else _rows(t)
-
-
-def _located(rows: Tensor | None) -> tuple[int, int]:
-    """Address and stride of rows that may be missing."""
-    return (0, 0) if rows is None else (rows.data_ptr(), rows.stride(0))
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def _wide(weight: Tensor, x: Tensor) -> Tensor:
@@ -46,7 +37,7 @@ def forward(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> t
     y, rstd = x.new_empty(x.shape), wide.new_empty(x.shape[:-1])
     if rows.numel():
         kernels().rms_norm_forward(
-            dtype_code(x.dtype), *_located(rows), wide.data_ptr(), *_located(added), y.data_ptr(), rstd.data_ptr(),
+            dtype_code(x.dtype), *located(rows), wide.data_ptr(), *located(added), y.data_ptr(), rstd.data_ptr(),
             *rows.shape, eps,
         )  # fmt: skip
     return y, rstd
@@ -69,8 +60,8 @@ def backward(
     dw, partial = _sums(wide, rows, needs[1])
     if rows.numel() and any(needs):
         kernels().rms_norm_backward(
-            dtype_code(x.dtype), *_located(d_rows), *_located(rows), wide.data_ptr(), rstd.data_ptr(),
-            _address(dx), _address(dw), _address(d_residual), _address(partial), *rows.shape,
+            dtype_code(x.dtype), *located(d_rows), *located(rows), wide.data_ptr(), rstd.data_ptr(),
+            *addresses(dx, dw, d_residual, partial), *rows.shape,
         )  # fmt: skip
     return dx, None if dw is None else dw.to(weight.dtype), d_residual
 
@@ -96,8 +87,8 @@ def double_backward(
     w_bar, partial = _sums(wide, rows, needs[2])
     if rows.numel() and any(needs[:3]):
         kernels().rms_norm_double_backward(
-            dtype_code(x.dtype), *_located(a), _address(b), *_located(z), *_located(d_rows), *_located(rows),
-            wide.data_ptr(), rstd.data_ptr(), _address(dy_bar), _address(x_bar), _address(w_bar), _address(partial),
+            dtype_code(x.dtype), *located(a), *addresses(b), *located(z), *located(d_rows), *located(rows),
+            wide.data_ptr(), rstd.data_ptr(), *addresses(dy_bar, x_bar, w_bar, partial),
             *rows.shape,
         )  # fmt: skip
     to_weight = None if w_bar is None else w_bar.to(weight.dtype)

@@ -5,11 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt_kernels import tuning
+from ttt_kernels import triton_launch, tuning
 from ttt_kernels.swa.triton_configs import configs, pieces
 from ttt_kernels.swa.visible import first_keys
-from ttt_kernels.triton_launch import on
-from ttt_kernels.tuning import Config
 
 _WIDEST_TILE = 256
 """At least as many rows as any tile has."""
@@ -75,14 +73,15 @@ class Call:
         head_dim = self.arguments["D"]
         given = {**self.arguments, **arguments, "PIECES": pieces(name, head_dim, self.dtype)}
 
-        def launch(config: Config) -> None:
-            blocks = -(-length // dict(config.sizes)[side])
-            kernel[(blocks * heads,)](**given, **dict(config.sizes), **config.options())
-
-        choices = configs(name, head_dim, self.dtype, tuning.capability(self.device))
-        missing = [label for label, value in given.items() if value is None]
-        with on(self.device):
-            tuning.run(f"swa.{name}", (*self.key, *missing), choices, launch)
+        triton_launch.launch(
+            f"swa.{name}",
+            kernel,
+            lambda sizes: -(-length // sizes[side]) * heads,
+            configs(name, head_dim, self.dtype, tuning.capability(self.device)),
+            self.key,
+            self.device,
+            given,
+        )
 
 
 _FEW = 128

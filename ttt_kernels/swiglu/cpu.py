@@ -6,19 +6,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ttt_kernels.extension import dtype_code, kernels
+from ttt_kernels.extension import addresses, dtype_code, kernels
 from ttt_kernels.registry import Kernel
 from ttt_kernels.swiglu import products
 
 _Optional = Tensor | None
-
-
-def _addresses(*tensors: _Optional) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
-
-
-def _results(gate: Tensor, like: Tensor, wanted: Sequence[bool]) -> list[_Optional]:
-    return [like.new_empty(gate.shape) if want else None for want in wanted]
 
 
 class _Passes:
@@ -34,16 +26,16 @@ class _Passes:
         kept_gate, kept_up = kept
         written = (None, None) if kept_gate is gate else (kept_gate, kept_up)
         kernels().swiglu_forward(
-            dtype_code(dtype), dtype_code(gate.dtype), *_addresses(gate, up, hidden, *written), gate.numel()
+            dtype_code(dtype), dtype_code(gate.dtype), *addresses(gate, up, hidden, *written), gate.numel()
         )
         return hidden, kept_gate, kept_up
 
     def backward(
         self, gate: Tensor, up: Tensor, d_hidden: _Optional, like: Tensor, wanted: Sequence[bool]
     ) -> tuple[_Optional, ...]:
-        results = _results(gate, like, wanted)
+        results = products.results(gate, like, wanted)
         kernels().swiglu_backward(
-            dtype_code(gate.dtype), dtype_code(like.dtype), *_addresses(gate, up, d_hidden, *results),
+            dtype_code(gate.dtype), dtype_code(like.dtype), *addresses(gate, up, d_hidden, *results),
             gate.numel(),
         )  # fmt: skip
         return tuple(results)
@@ -60,9 +52,9 @@ class _Passes:
         wanted: Sequence[bool],
     ) -> tuple[_Optional, ...]:
         given = [None if t is None else t.contiguous() for t in (d_hidden, h_bar, t_gate, t_up)]
-        results = _results(gate, like, wanted)
+        results = products.results(gate, like, wanted)
         kernels().swiglu_double_backward(
-            dtype_code(gate.dtype), dtype_code(like.dtype), *_addresses(gate, up, *given, *results), gate.numel(),
+            dtype_code(gate.dtype), dtype_code(like.dtype), *addresses(gate, up, *given, *results), gate.numel(),
         )  # fmt: skip
         return tuple(results)
 

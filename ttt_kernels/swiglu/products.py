@@ -49,6 +49,11 @@ class Passes(Protocol):
         ...
 
 
+def results(gate: Tensor, like: Tensor, wanted: Sequence[bool]) -> list[Optional]:
+    """Memory for a pass's results of gate's shape in like's type, those that are wanted."""
+    return [like.new_empty(gate.shape) if want else None for want in wanted]
+
+
 def gate_and_up(x: Tensor, w_gate: Tensor, w_up: Tensor) -> tuple[Tensor, Tensor]:
     """G and U of operands in their type, contiguous."""
     return torch.matmul(x, w_gate.mT).contiguous(), torch.matmul(x, w_up.mT).contiguous()

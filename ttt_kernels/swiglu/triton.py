@@ -10,7 +10,7 @@ from torch import Tensor
 from ttt_kernels import tuning
 from ttt_kernels.swiglu import products
 from ttt_kernels.swiglu.triton_configs import SEPARATE, of_pass, of_products
-from ttt_kernels.triton_launch import on
+from ttt_kernels.triton_launch import launch, on
 from ttt_kernels.tuning import Config
 
 _Optional = Tensor | None
@@ -19,18 +19,20 @@ _LARGEST_TILE = 256
 """At least as many rows as any tile has."""
 
 
-def _run(kernel: Any, like: Tensor, *tensors: _Optional) -> None:
-    """Launches a pass over tensors of like's shape."""
-    count, config = like.numel(), of_pass()
-    if count == 0:
-        return
-    ((_, block),) = config.sizes
-    with on(like.device):
-        kernel[(-(-count // block),)](*tensors, count, BLOCK=block, **config.options())
-
-
-def _results(gate: Tensor, like: Tensor, wanted: Sequence[bool]) -> list[_Optional]:
-    return [like.new_empty(gate.shape) if want else None for want in wanted]
+def _run(name: str, kernel: Any, like: Tensor, *tensors: _Optional) -> None:
+    """Launches a pass over tensors of like's shape, in the order of the kernel's arguments."""
+    count = like.numel()
+    if count:
+        given = {**dict(zip(kernel.arg_names, tensors, strict=False)), "count": count}
+        launch(
+            f"swiglu.{name}",
+            kernel,
+            lambda sizes: -(-count // sizes["BLOCK"]),
+            (of_pass(),),
+            (),
+            like.device,
+            given,
+        )
 
 
 def _located(t: Tensor) -> _Located:
@@ -57,14 +59,14 @@ class _Passes:
         (rows, d), columns = x.shape[-2:], w_gate.shape[-2]
         found: list[Tensor] = []
 
-        def launch(config: Config) -> None:
+        def run(config: Config) -> None:
             way = self._separate if config == SEPARATE else partial(self._fused, config)
             found[:] = way(x, w_gate, w_up, dtype)
 
         key = (x.dtype, dtype, d, columns, "batched" if x.dim() == 3 else "shared", _amount(rows))
         choices = of_products(x.dtype, d, columns, tuning.capability(x.device))
         with on(x.device):
-            tuning.run("swiglu.forward", key, choices, launch)
+            tuning.run("swiglu.forward", key, choices, run)
         hidden, gate, up = found
         return hidden, gate, up
 
@@ -76,10 +78,10 @@ class _Passes:
         gate, up = products.gate_and_up(x, w_gate, w_up)
         hidden = torch.empty_like(gate)
         if gate.dtype == dtype:
-            _run(triton_kernels.forward, gate, gate, up, hidden, None, None)
+            _run("forward", triton_kernels.forward, gate, gate, up, hidden, None, None)
             return hidden, gate, up
         kept_gate, kept_up = (torch.empty_like(gate, dtype=dtype) for _ in range(2))
-        _run(triton_kernels.forward, gate, gate, up, hidden, kept_gate, kept_up)
+        _run("forward", triton_kernels.forward, gate, gate, up, hidden, kept_gate, kept_up)
         return hidden, kept_gate, kept_up
 
     def _fused(
@@ -111,9 +113,9 @@ class _Passes:
     ) -> tuple[_Optional, ...]:
         from ttt_kernels.swiglu import triton_kernels
 
-        results = _results(gate, like, wanted)
+        results = products.results(gate, like, wanted)
         if any(wanted):
-            _run(triton_kernels.backward, gate, gate, up, d_hidden, *results)
+            _run("backward", triton_kernels.backward, gate, gate, up, d_hidden, *results)
         return tuple(results)
 
     def double_backward(
@@ -130,9 +132,9 @@ class _Passes:
         from ttt_kernels.swiglu import triton_kernels
 
         given = [None if t is None else t.contiguous() for t in (d_hidden, h_bar, t_gate, t_up)]
-        results = _results(gate, like, wanted)
+        results = products.results(gate, like, wanted)
         if any(wanted):
-            _run(triton_kernels.double_backward, gate, gate, up, *given, *results)
+            _run("double_backward", triton_kernels.double_backward, gate, gate, up, *given, *results)
         return tuple(results)
 
 
