@@ -26,10 +26,11 @@ COLUMN = "weights"
 BEYOND_OUTPUTS = False
 LR = 1.0
 MAX_NORM = 1.0
-# Of the weights' size. Forward: weights, gradients and the new weights. Backward: the new weights' cotangent, which is
-# the weights' too, the gradients, and their cotangent. Second order: the cotangents of both of those, the new weights'
-# cotangent and the gradients; what the last two get.
-TENSORS = {"forward": 3, "backward": 3, "double-backward": 6, "all": 12}
+# Of the weights' size, in two passes: whatever an order writes needs sums over all that it reads. Forward: gradients;
+# then weights, gradients and the new weights. Backward: gradients and the new weights' cotangent, which is the weights'
+# too; then both, and the gradients' cotangent. Second order: gradients, the new weights' cotangent and the cotangent of
+# the gradients' cotangent; then these, the cotangent of the weights', and the two results.
+TENSORS = {"forward": 4, "backward": 5, "double-backward": 9, "all": 18}
 CHECK_HIDDEN = 64
 BASELINES: dict[str, tuple[str, ...]] = {name: (name,) for name in ("plain", "compiled")}
 # Compiling for forward and backward takes most of a minute on a CPU of two busy cores.
@@ -52,7 +53,7 @@ class Problem:
         return 3 * self.blocks * self.hidden * self.intermediate
 
     def bytes(self, order: str) -> int:
-        """Useful traffic."""
+        """Traffic of two passes over what is larger than caches."""
         return TENSORS[order] * self.batch * self.length * DTYPES[self.dtype].itemsize
 
     def inputs(self, device: torch.device) -> Draw:

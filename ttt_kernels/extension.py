@@ -45,6 +45,15 @@ def located(rows: Tensor | None) -> tuple[int, int]:
     return (0, 0) if rows is None else (rows.data_ptr(), rows.stride(0))
 
 
+_CACHE_BYTES = 32 << 20
+"""About what the caches of a processor's neighbouring cores hold."""
+
+
+def beyond_caches(*results: Tensor | None) -> bool:
+    """Whether results are too large to stay in a cache until they are read."""
+    return sum(0 if t is None else t.numel() * t.element_size() for t in results) > _CACHE_BYTES
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type that the kernels compute in: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -33,4 +33,19 @@ inline void write(T* p, vec<compute_t<T>> v, int64_t n) {
         store_first(p, v, n);
 }
 
+// Whether vectors from p on can be written past the caches: only whole ones that do not lie across two lines.
+template <class T>
+inline bool streamable(const T* p) {
+    return reinterpret_cast<uintptr_t>(p) % (lanes<compute_t<T>> * sizeof(T)) == 0;
+}
+// As `write`, past the caches where `stream` says so: a result that no cache can keep would otherwise be read
+// from memory before it is written. end_stream() must follow before others may read it.
+template <class T>
+inline void write(T* p, vec<compute_t<T>> v, int64_t n, bool stream) {
+    if (stream && n == lanes<compute_t<T>>)
+        store_past_caches(p, v);
+    else
+        write(p, v, n);
+}
+
 }  // namespace ttt::TTT_ISA

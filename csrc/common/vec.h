@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "common/scalar.h"
-#if defined(__AVX2__) || defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -120,6 +120,40 @@ inline void store(f16* p, vf v) {
                      _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
     for (int i = 0; i < lanes<float>; ++i) p[i] = from_compute<f16>(v[i]);
+#endif
+}
+
+// A store that does not bring the line into the caches, where the processor has one. p is a multiple of the
+// stored bytes.
+template <class T>
+inline void store_past_caches(T* p, vec<compute_t<T>> v) {
+    T rounded[lanes<compute_t<T>>];
+    store(rounded, v);
+#if defined(__SSE2__)
+    constexpr int size = sizeof rounded;
+    if constexpr (size == 16) {
+        _mm_stream_si128(reinterpret_cast<__m128i*>(p), bit_cast<__m128i>(rounded));
+        return;
+    }
+#if defined(__AVX2__)
+    if constexpr (size == 32) {
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(rounded));
+        return;
+    }
+#endif
+#if defined(__AVX512F__)
+    if constexpr (size == 64) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(rounded));
+        return;
+    }
+#endif
+#endif
+    std::memcpy(p, rounded, sizeof rounded);
+}
+// Makes what this thread has stored past the caches visible before what it stores next.
+inline void end_stream() {
+#if defined(__SSE2__)
+    _mm_sfence();
 #endif
 }
 

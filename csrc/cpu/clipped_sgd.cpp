@@ -33,6 +33,13 @@ inline Doubles widen(vd v) {
 }
 
 constexpr int kDots = 4;
+constexpr int kTerms = 4;
+
+// Rows of any type, a stride apart; `at` is null where there are none.
+struct Rows {
+    const void* at;
+    int64_t stride;
+};
 
 struct Sum {
     vd low{}, high{};
@@ -80,27 +87,88 @@ void dots(const T* g, int64_t g_stride, const T* l, int64_t l_stride, const T* u
         for (int64_t block = 0; block < blocks; ++block) sums[row] += scratch[row * blocks + block];
 }
 
-template <bool has_c, class T, class U, class C = compute_t<T>>
-void combine(const T* a, C a_factor, const T* b, C b_factor, const T* c, C c_factor, T* out, U* copy,
-             int64_t n) {
-    const auto value = [=](int64_t at, int64_t k) {
-        const vec<C> sum = a_factor * read(a + at, k) + b_factor * read(b + at, k);
-        if constexpr (has_c)
-            return sum + c_factor * read(c + at, k);
-        else
-            return sum;
-    };
-    if constexpr (std::is_same_v<C, compute_t<U>>) {
-        for_each_vector<C>(0, n, [=](int64_t at, int64_t k) {
-            write(out + at, value(at, k), k);
-            // A copy is rounded from the stored weight, as a cast of it would be.
-            if (copy) write(copy + at, read(out + at, k), k);
-        });
-    } else {
-        for_each_vector<C>(0, n, [=](int64_t at, int64_t k) { write(out + at, value(at, k), k); });
-        for (int64_t i = 0; copy && i < n; ++i)
-            copy[i] = from_compute<U>(static_cast<compute_t<U>>(to_compute(out[i])));
+// Elements of a result that are made at a time, in memory that stays in the first cache.
+constexpr int64_t kPiece = 1024;
+
+template <class T>
+struct Term {
+    const T* at;
+    compute_t<T> factor;
+};
+
+template <int count, class T, class C = compute_t<T>>
+void weighted_sum(const Term<T>* terms, T* out, int64_t n) {
+    for_each_vector<C>(0, n, [=](int64_t i, int64_t k) {
+        vec<C> sum = terms[0].factor * read(terms[0].at + i, k);
+        for (int t = 1; t < count; ++t) sum += terms[t].factor * read(terms[t].at + i, k);
+        write(out + i, sum, k);
+    });
+}
+
+template <class T>
+void weighted_sum(const Term<T>* terms, int count, T* out, int64_t n) {
+    switch (count) {
+        case 1:
+            return weighted_sum<1>(terms, out, n);
+        case 2:
+            return weighted_sum<2>(terms, out, n);
+        case 3:
+            return weighted_sum<3>(terms, out, n);
+        default:
+            return weighted_sum<kTerms>(terms, out, n);
     }
+}
+
+// `to` = `from` in another type, by way of the type that it is computed in.
+template <class T, class U, class C = compute_t<T>>
+void convert(const T* from, U* to, int64_t n, bool past_caches) {
+    if constexpr (std::is_same_v<C, compute_t<U>>) {
+        const bool stream = past_caches && streamable(to);
+        for_each_vector<C>(0, n, [=](int64_t i, int64_t k) { write(to + i, read(from + i, k), k, stream); });
+    } else {
+        for (int64_t i = 0; i < n; ++i)
+            to[i] = from_compute<U>(static_cast<compute_t<U>>(to_compute(from[i])));
+    }
+}
+
+// The terms of one row's sum, those that there are.
+template <class T>
+int terms_of(const Rows* inputs, const double* factors, int uses, int64_t rows, int64_t row, int64_t start,
+             Term<T>* terms) {
+    int count = 0;
+    for (int k = 0; k < kTerms; ++k)
+        if (uses >> k & 1)
+            terms[count++] = {static_cast<const T*>(inputs[k].at) + row * inputs[k].stride + start,
+                              static_cast<compute_t<T>>(factors[k * rows + row])};
+    return count;
+}
+
+template <class T, class U>
+void combine(const Rows* inputs, const double* factors, int uses, int uses_more, const bool* active, T* out,
+             int64_t out_stride, T* more, int64_t more_stride, U* copy, int64_t copy_stride, bool past_caches,
+             int64_t rows, int64_t n) {
+    const int64_t blocks = blocks_of(n);
+    parallel_for(rows * blocks, 2, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t row = task / blocks, first = task % blocks * kBlock;
+            if (active && !active[row]) continue;
+            for (int64_t start = first; start < first + kBlock && start < n; start += kPiece) {
+                const int64_t size = n - start < kPiece ? n - start : kPiece;
+                Term<T> terms[kTerms];
+                T piece[kPiece];
+                int count = terms_of<T>(inputs, factors, uses, rows, row, start, terms);
+                weighted_sum<T>(terms, count, piece, size);
+                convert(piece, out + row * out_stride + start, size, past_caches);
+                // A copy is rounded from the weight as it is stored, as a cast of it would be.
+                if (copy) convert(piece, copy + row * copy_stride + start, size, past_caches);
+                if (!more) continue;
+                count = terms_of<T>(inputs, factors + kTerms * rows, uses_more, rows, row, start, terms);
+                weighted_sum<T>(terms, count, piece, size);
+                convert(piece, more + row * more_stride + start, size, past_caches);
+            }
+        }
+        if (past_caches) end_stream();
+    });
 }
 
 }  // namespace
@@ -119,30 +187,19 @@ void clipped_sgd_dots(Dtype dtype, const void* g, int64_t g_stride, const void* 
     });
 }
 
-void clipped_sgd_combine(Dtype dtype, const void* a, int64_t a_stride, const double* a_factor, const void* b,
-                         int64_t b_stride, const double* b_factor, const void* c, int64_t c_stride,
-                         const double* c_factor, const bool* active, void* out, int64_t out_stride,
-                         Dtype copy_dtype, void* copy, int64_t copy_stride, int64_t rows, int64_t n) {
-    const int64_t blocks = blocks_of(n);
+void clipped_sgd_combine(Dtype dtype, const void* w, int64_t w_stride, const void* l, int64_t l_stride,
+                         const void* u, int64_t u_stride, const void* g, int64_t g_stride,
+                         const double* factors, int uses, int uses_more, const bool* active, void* out,
+                         int64_t out_stride, void* more, int64_t more_stride, Dtype copy_dtype, void* copy,
+                         int64_t copy_stride, bool past_caches, int64_t rows, int64_t n) {
+    const Rows inputs[kTerms] = {{w, w_stride}, {l, l_stride}, {u, u_stride}, {g, g_stride}};
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
-        using C = compute_t<T>;
         dispatch(copy_dtype, [&](auto copied) {
             using U = decltype(copied);
-            const auto run = c ? combine<true, T, U> : combine<false, T, U>;
-            parallel_for(rows * blocks, 2, [&](int64_t begin, int64_t end) {
-                for (int64_t task = begin; task < end; ++task) {
-                    const int64_t row = task / blocks, start = task % blocks * kBlock;
-                    if (active && !active[row]) continue;
-                    run(static_cast<const T*>(a) + row * a_stride + start, static_cast<C>(a_factor[row]),
-                        static_cast<const T*>(b) + row * b_stride + start, static_cast<C>(b_factor[row]),
-                        c ? static_cast<const T*>(c) + row * c_stride + start : nullptr,
-                        c ? static_cast<C>(c_factor[row]) : C(0),
-                        static_cast<T*>(out) + row * out_stride + start,
-                        copy ? static_cast<U*>(copy) + row * copy_stride + start : nullptr,
-                        n - start < kBlock ? n - start : kBlock);
-                }
-            });
+            combine<T, U>(inputs, factors, uses, uses_more, active, static_cast<T*>(out), out_stride,
+                          static_cast<T*>(more), more_stride, static_cast<U*>(copy), copy_stride, past_caches,
+                          rows, n);
         });
     });
 }

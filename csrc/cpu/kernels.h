@@ -1,7 +1,8 @@
 // Every kernel of the CPU backend, declared once: each instruction set defines all of them in a namespace
 // of its own, and the table of the best set that the processor has is what Python calls. An operator's header
 // has its declarations and their list; pointers are to the first element, strides and sizes count elements,
-// and C is the type computed in (float, or double for double).
+// and C is the type computed in (float, or double for double). With past_caches results go to memory without
+// staying in a cache, which pays for those that no cache can hold.
 #pragma once
 
 #include <cstdint>

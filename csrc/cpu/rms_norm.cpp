@@ -14,7 +14,7 @@ constexpr int64_t kRowsPerSum = 32;
 
 template <class T, class C = compute_t<T>>
 void forward(const T* x, int64_t x_stride, const C* weight, const T* residual, int64_t residual_stride, T* y,
-             C* rstd, int64_t rows, int64_t n, C eps) {
+             C* rstd, bool past_caches, int64_t rows, int64_t n, C eps) {
     parallel_for(rows, 1 + 16384 / n, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             const T* xr = x + row * x_stride;
@@ -22,17 +22,19 @@ void forward(const T* x, int64_t x_stride, const C* weight, const T* residual, i
             T* yr = y + row * n;
             const C r = C(1) / std::sqrt(sum_of_squares<T>(xr, n) / C(n) + eps);
             rstd[row] = r;
+            const bool stream = past_caches && streamable(yr);
             for_each_vector<C>(0, n, [=](int64_t i, int64_t k) {
-                write(yr + i, read(xr + i, k) * r * read(weight + i, k) + read_or_zero(zr, i, k), k);
+                write(yr + i, read(xr + i, k) * r * read(weight + i, k) + read_or_zero(zr, i, k), k, stream);
             });
         }
+        if (past_caches) end_stream();
     });
 }
 
 // Calls f(row, sum) for every row, where f adds what the row gives to sum (n), and puts the sum of all into
 // `total`; without a total, sum is null.
 template <class C, class F>
-void over_rows(int64_t rows, int64_t n, C* total, C* partial, F&& f) {
+void over_rows(int64_t rows, int64_t n, C* total, C* partial, bool past_caches, F&& f) {
     const int64_t chunks = (rows + kRowsPerSum - 1) / kRowsPerSum;
     parallel_for(chunks, 1 + 16384 / (n * kRowsPerSum), [&](int64_t begin, int64_t end) {
         for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -42,6 +44,7 @@ void over_rows(int64_t rows, int64_t n, C* total, C* partial, F&& f) {
             const int64_t last = (chunk + 1) * kRowsPerSum;
             for (int64_t row = chunk * kRowsPerSum; row < (last < rows ? last : rows); ++row) f(row, sum);
         }
+        if (past_caches) end_stream();
     });
     if (!total) return;
     constexpr int L = lanes<C>;
@@ -57,8 +60,8 @@ void over_rows(int64_t rows, int64_t n, C* total, C* partial, F&& f) {
 // dx = rstd * (w dy - xhat * mean(w dy * xhat)), dw = sum over rows of dy * xhat, with xhat = x * rstd.
 template <class T, class C = compute_t<T>>
 void backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, const C* weight, const C* rstd,
-              T* dx, C* dw, T* d_residual, C* partial, int64_t rows, int64_t n) {
-    over_rows<C>(rows, n, dw, partial, [=](int64_t row, C* sum) {
+              T* dx, C* dw, T* d_residual, C* partial, bool past_caches, int64_t rows, int64_t n) {
+    over_rows<C>(rows, n, dw, partial, past_caches, [=](int64_t row, C* sum) {
         const T* xr = x + row * x_stride;
         const T* dyr = dy + row * dy_stride;
         const C r = rstd[row];
@@ -69,15 +72,22 @@ void backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, cons
             });
             const C mean = r * r * sum_lanes<C>(product) / C(n);
             T* dxr = dx + row * n;
+            const bool stream = past_caches && streamable(dxr);
             for_each_vector<C>(0, n, [=](int64_t i, int64_t k) {
-                write(dxr + i, r * (read(weight + i, k) * read(dyr + i, k) - mean * read(xr + i, k)), k);
+                write(dxr + i, r * (read(weight + i, k) * read(dyr + i, k) - mean * read(xr + i, k)), k,
+                      stream);
             });
         }
         if (sum)
             for_each_vector<C>(0, n, [=](int64_t i, int64_t k) {
                 write(sum + i, read(sum + i, k) + r * read(dyr + i, k) * read(xr + i, k), k);
             });
-        if (d_residual) std::memcpy(d_residual + row * n, dyr, static_cast<size_t>(n) * sizeof(T));
+        if (d_residual) {
+            T* to = d_residual + row * n;
+            const bool stream = past_caches && streamable(to);
+            for_each_vector<C>(0, n,
+                               [=](int64_t i, int64_t k) { write(to + i, read(dyr + i, k), k, stream); });
+        }
     });
 }
 
@@ -87,8 +97,8 @@ void backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, cons
 template <class T, class C = compute_t<T>>
 void double_backward(const T* a, int64_t a_stride, const C* b, const T* z, int64_t z_stride, const T* dy,
                      int64_t dy_stride, const T* x, int64_t x_stride, const C* weight, const C* rstd,
-                     T* dy_bar, T* x_bar, C* w_bar, C* partial, int64_t rows, int64_t n) {
-    over_rows<C>(rows, n, w_bar, partial, [=](int64_t row, C* sum) {
+                     T* dy_bar, T* x_bar, C* w_bar, C* partial, bool past_caches, int64_t rows, int64_t n) {
+    over_rows<C>(rows, n, w_bar, partial, past_caches, [=](int64_t row, C* sum) {
         const T* xr = x + row * x_stride;
         const T* dyr = dy + row * dy_stride;
         const T* ar = a ? a + row * a_stride : nullptr;
@@ -106,13 +116,14 @@ void double_backward(const T* a, int64_t a_stride, const C* b, const T* z, int64
             bdy_h += read_or_zero(b, i, k) * d * h;
         });
         const C m = sum_lanes<C>(dh_h) / C(n), p = sum_lanes<C>(a_h) / C(n);
+        const bool stream_dy = past_caches && streamable(to_dy), stream_x = past_caches && streamable(to_x);
         const C of_h = sum_lanes<C>(bdy_h) / C(n) + r * (sum_lanes<C>(a_dh) / C(n) - C(3) * m * p);
         for_each_vector<C>(0, n, [=](int64_t i, int64_t k) {
             const vec<C> d = read(dyr + i, k), w = read(weight + i, k), h = read(xr + i, k) * r;
             const vec<C> of_a = read_or_zero(ar, i, k), of_b = read_or_zero(b, i, k);
             const vec<C> to_dh = r * (of_a - h * p);
-            if (to_dy) write(to_dy + i, to_dh * w + of_b * h + read_or_zero(zr, i, k), k);
-            if (to_x) write(to_x + i, r * (of_b * d - r * (m * of_a + p * w * d) - h * of_h), k);
+            if (to_dy) write(to_dy + i, to_dh * w + of_b * h + read_or_zero(zr, i, k), k, stream_dy);
+            if (to_x) write(to_x + i, r * (of_b * d - r * (m * of_a + p * w * d) - h * of_h), k, stream_x);
             if (sum) write(sum + i, read(sum + i, k) + to_dh * d, k);
         });
     });
@@ -121,32 +132,35 @@ void double_backward(const T* a, int64_t a_stride, const C* b, const T* z, int64
 }  // namespace
 
 void rms_norm_forward(Dtype dtype, const void* x, int64_t x_stride, const void* weight, const void* residual,
-                      int64_t residual_stride, void* y, void* rstd, int64_t rows, int64_t n, double eps) {
+                      int64_t residual_stride, void* y, void* rstd, bool past_caches, int64_t rows, int64_t n,
+                      double eps) {
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         using C = compute_t<T>;
         forward<T>(static_cast<const T*>(x), x_stride, static_cast<const C*>(weight),
                    static_cast<const T*>(residual), residual_stride, static_cast<T*>(y),
-                   static_cast<C*>(rstd), rows, n, static_cast<C>(eps));
+                   static_cast<C*>(rstd), past_caches, rows, n, static_cast<C>(eps));
     });
 }
 
 void rms_norm_backward(Dtype dtype, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
                        const void* weight, const void* rstd, void* dx, void* dw, void* d_residual,
-                       void* partial, int64_t rows, int64_t n) {
+                       void* partial, bool past_caches, int64_t rows, int64_t n) {
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         using C = compute_t<T>;
         backward<T>(static_cast<const T*>(dy), dy_stride, static_cast<const T*>(x), x_stride,
                     static_cast<const C*>(weight), static_cast<const C*>(rstd), static_cast<T*>(dx),
-                    static_cast<C*>(dw), static_cast<T*>(d_residual), static_cast<C*>(partial), rows, n);
+                    static_cast<C*>(dw), static_cast<T*>(d_residual), static_cast<C*>(partial), past_caches,
+                    rows, n);
     });
 }
 
 void rms_norm_double_backward(Dtype dtype, const void* a, int64_t a_stride, const void* b, const void* z,
                               int64_t z_stride, const void* dy, int64_t dy_stride, const void* x,
                               int64_t x_stride, const void* weight, const void* rstd, void* dy_bar,
-                              void* x_bar, void* w_bar, void* partial, int64_t rows, int64_t n) {
+                              void* x_bar, void* w_bar, void* partial, bool past_caches, int64_t rows,
+                              int64_t n) {
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         using C = compute_t<T>;
@@ -154,7 +168,7 @@ void rms_norm_double_backward(Dtype dtype, const void* a, int64_t a_stride, cons
                            static_cast<const T*>(z), z_stride, static_cast<const T*>(dy), dy_stride,
                            static_cast<const T*>(x), x_stride, static_cast<const C*>(weight),
                            static_cast<const C*>(rstd), static_cast<T*>(dy_bar), static_cast<T*>(x_bar),
-                           static_cast<C*>(w_bar), static_cast<C*>(partial), rows, n);
+                           static_cast<C*>(w_bar), static_cast<C*>(partial), past_caches, rows, n);
     });
 }
 

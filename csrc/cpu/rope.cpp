@@ -3,9 +3,9 @@
 #include <cmath>
 #include <utility>
 
+#include "common/lanes.h"
 #include "common/parallel.h"
 #include "common/reduce.h"
-#include "common/vec.h"
 #include "cpu/kernels.h"
 
 namespace ttt::TTT_ISA {
@@ -63,7 +63,8 @@ inline void rotate_pair(const Row<Normed, T, C>& row, C cos, C sin, T* y, int64_
 
 // Pairs (0, 1), (2, 3), ...; sign is 1, or -1 to turn back.
 template <bool Normed, class T, class C>
-void rotate_interleaved(const Row<Normed, T, C>& row, const C* cos, const C* sin, C sign, T* y, int64_t n) {
+void rotate_interleaved(const Row<Normed, T, C>& row, const C* cos, const C* sin, C sign, T* y, int64_t n,
+                        bool stream) {
     constexpr int L = lanes<C>;
     using all = std::make_integer_sequence<int, L>;
     const vec<C> signs = minus_plus<C>(sign);
@@ -72,22 +73,23 @@ void rotate_interleaved(const Row<Normed, T, C>& row, const C* cos, const C* sin
         const vec<C> v = row.lanes_at(i);
         const vec<C> c = load_twice<C>(cos + i / 2, all{});
         const vec<C> s = load_twice<C>(sin + i / 2, all{}) * signs;
-        store(y + i, v * c + swap_neighbours<C>(v, all{}) * s);
+        write(y + i, v * c + swap_neighbours<C>(v, all{}) * s, L, stream);
     }
     for (; i < n; i += 2) rotate_pair<Normed, T, C>(row, cos[i / 2], sign * sin[i / 2], y, i, i + 1);
 }
 
 // Pairs (0, n/2), (1, n/2 + 1), ...
 template <bool Normed, class T, class C>
-void rotate_halves(const Row<Normed, T, C>& row, const C* cos, const C* sin, C sign, T* y, int64_t n) {
+void rotate_halves(const Row<Normed, T, C>& row, const C* cos, const C* sin, C sign, T* y, int64_t n,
+                   bool stream) {
     constexpr int L = lanes<C>;
     const int64_t half = n / 2;
     int64_t i = 0;
     for (; i + L <= half; i += L) {
         const vec<C> a = row.lanes_at(i), b = row.lanes_at(i + half);
         const vec<C> c = load(cos + i), s = load(sin + i) * sign;
-        store(y + i, a * c - b * s);
-        store(y + i + half, b * c + a * s);
+        write(y + i, a * c - b * s, L, stream);
+        write(y + i + half, b * c + a * s, L, stream && streamable(y + half));
     }
     for (; i < half; ++i) rotate_pair<Normed, T, C>(row, cos[i], sign * sin[i], y, i, i + half);
 }
@@ -95,7 +97,7 @@ void rotate_halves(const Row<Normed, T, C>& row, const C* cos, const C* sin, C s
 template <bool Normed, class T, class C = compute_t<T>>
 void rotate(const T* x, int64_t x_b, int64_t x_t, int64_t x_h, const C* weight, const C* cos, const C* sin,
             int64_t table_b, T* y, int64_t y_b, int64_t y_t, int64_t y_h, C* rstd, int64_t B, int64_t Tn,
-            int64_t H, int64_t D, bool interleaved, C sign, C eps) {
+            int64_t H, int64_t D, bool interleaved, C sign, bool past_caches, C eps) {
     parallel_for(B * Tn, 1 + 16384 / (H * D), [&](int64_t begin, int64_t end) {
         for (int64_t token = begin; token < end; ++token) {
             const int64_t b = token / Tn, t = token % Tn;
@@ -104,16 +106,18 @@ void rotate(const T* x, int64_t x_b, int64_t x_t, int64_t x_h, const C* weight, 
             for (int64_t h = 0; h < H; ++h) {
                 Row<Normed, T, C> row{x + b * x_b + t * x_t + h * x_h, C(1), weight};
                 T* yr = y + b * y_b + t * y_t + h * y_h;
+                const bool stream = past_caches && streamable(yr);
                 if constexpr (Normed) {
                     row.r = C(1) / std::sqrt(sum_of_squares<T>(row.x, D) / C(D) + eps);
                     if (rstd) rstd[token * H + h] = row.r;
                 }
                 if (interleaved)
-                    rotate_interleaved<Normed, T, C>(row, c, s, sign, yr, D);
+                    rotate_interleaved<Normed, T, C>(row, c, s, sign, yr, D, stream);
                 else
-                    rotate_halves<Normed, T, C>(row, c, s, sign, yr, D);
+                    rotate_halves<Normed, T, C>(row, c, s, sign, yr, D, stream);
             }
         }
+        if (past_caches) end_stream();
     });
 }
 
@@ -121,13 +125,13 @@ void rotate(const T* x, int64_t x_b, int64_t x_t, int64_t x_h, const C* weight, 
 
 void rope_rotate(Dtype dtype, const void* x, int64_t x_b, int64_t x_t, int64_t x_h, const void* cos,
                  const void* sin, int64_t table_b, void* y, int64_t y_b, int64_t y_t, int64_t y_h, int64_t B,
-                 int64_t T, int64_t H, int64_t D, bool interleaved, bool inverse) {
+                 int64_t T, int64_t H, int64_t D, bool interleaved, bool inverse, bool past_caches) {
     dispatch(dtype, [&](auto element) {
         using E = decltype(element);
         using C = compute_t<E>;
         rotate<false, E, C>(static_cast<const E*>(x), x_b, x_t, x_h, nullptr, static_cast<const C*>(cos),
                             static_cast<const C*>(sin), table_b, static_cast<E*>(y), y_b, y_t, y_h, nullptr,
-                            B, T, H, D, interleaved, C(inverse ? -1 : 1), C(0));
+                            B, T, H, D, interleaved, C(inverse ? -1 : 1), past_caches, C(0));
     });
 }
 
@@ -141,7 +145,7 @@ void rope_norm_rotate(Dtype dtype, const void* x, int64_t x_b, int64_t x_t, int6
         rotate<true, E, C>(static_cast<const E*>(x), x_b, x_t, x_h, static_cast<const C*>(weight),
                            static_cast<const C*>(cos), static_cast<const C*>(sin), table_b,
                            static_cast<E*>(y), y_b, y_t, y_h, static_cast<C*>(rstd), B, T, H, D, interleaved,
-                           C(1), static_cast<C>(eps));
+                           C(1), false, static_cast<C>(eps));
     });
 }
 

@@ -6,7 +6,8 @@
        or by their negatives. The tables of two sequences are table_b apart (0: shared). y may be x. */      \
     void rope_rotate(Dtype dtype, const void* x, int64_t x_b, int64_t x_t, int64_t x_h, const void* cos,     \
                      const void* sin, int64_t table_b, void* y, int64_t y_b, int64_t y_t, int64_t y_h,       \
-                     int64_t B, int64_t T, int64_t H, int64_t D, bool interleaved, bool inverse);            \
+                     int64_t B, int64_t T, int64_t H, int64_t D, bool interleaved, bool inverse,             \
+                     bool past_caches);                                                                      \
     /* y = rotation of RMSNorm(x) over D with weight (D) in C; rstd (B, T, H) in C unless null */            \
     void rope_norm_rotate(Dtype dtype, const void* x, int64_t x_b, int64_t x_t, int64_t x_h,                 \
                           const void* weight, const void* cos, const void* sin, int64_t table_b, void* y,    \

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ttt_kernels.clipped_sgd.reference import Tensors, d_new, inverse_norm, scale_of
 from ttt_kernels.clipped_sgd.rows import rows_of
-from ttt_kernels.extension import dtype_code, kernels, located
+from ttt_kernels.extension import addresses, beyond_caches, dtype_code, kernels, located
 
 _BLOCK = 8192
 """Elements that the kernel sums at a time (kBlock in csrc/cpu/clipped_sgd.cpp)."""
@@ -27,27 +27,51 @@ def _dots(g: Tensors, ell: Tensors | None = None, u: Tensors | None = None) -> T
     return sums
 
 
-Term = tuple[Tensor, Tensor]
-"""Rows, and one float64 factor for each."""
+class _Sum:
+    """A weighted sum of the new weights' inputs w, l, u and g, the same for every tensor of the tuple.
+
+    Attributes:
+        factors: (4, B) float64, one for each sequence; 0 where there is no such input.
+        uses: bit k is set where input k has a factor.
+    """
+
+    def __init__(self, *factors: Tensor | None) -> None:
+        like = next(f for f in factors if f is not None)
+        self.factors = torch.stack([torch.zeros_like(like) if f is None else f for f in factors])
+        self.uses = sum(1 << k for k, f in enumerate(factors) if f is not None)
 
 
 def _combine(
-    a: Term, b: Term, c: Term | None, out: Tensor, copy: Tensor | None = None, active: Tensor | None = None
+    inputs: Sequence[Tensors | None],
+    results: Sequence[tuple[_Sum, Tensors]],
+    copies: Tensors | None = None,
+    active: Tensor | None = None,
 ) -> None:
-    """out = the sum of the terms, and its copy."""
-    copied = copy if copy is not None else out
-    if out.numel():
-        # Bound to a name: a temporary would be freed before the kernel reads it.
-        factors = [None if term is None else term[1].contiguous() for term in (a, b, c)]
-        terms = [
-            (*located(None if term is None else term[0]), 0 if factor is None else factor.data_ptr())
-            for term, factor in zip((a, b, c), factors, strict=True)
-        ]
-        kernels().clipped_sgd_combine(
-            dtype_code(out.dtype), *(n for term in terms for n in term),
-            active.data_ptr() if active is not None else 0, *located(out),
-            dtype_code(copied.dtype), *located(copy), *out.shape,
-        )  # fmt: skip
+    """Writes one or two sums of w, l, u and g (`inputs`, rows), and copies of the first."""
+    factors = torch.cat([total.factors for total, _ in results])
+    uses, uses_more = [total.uses for total, _ in results] + [0] * (2 - len(results))
+    past = beyond_caches(*(t for _, tensors in results for t in tensors), *(copies or ()))
+    for i in range(len(results[0][1])):
+        out, more = [tensors[i] for _, tensors in results] + [None] * (2 - len(results))
+        copy = copies[i] if copies else None
+        assert out is not None
+        if out.numel():
+            rows = [rows_of(t) if t is not None else None for t in (out, more, copy)]
+            given = [n for t in inputs for n in located(None if t is None else t[i])]
+            kernels().clipped_sgd_combine(
+                dtype_code(out.dtype), *given, factors.data_ptr(), uses, uses_more,
+                *addresses(active), *located(rows[0]), *located(rows[1]),
+                dtype_code((out if copy is None else copy).dtype), *located(rows[2]), past,
+                out.shape[0], out.shape[1:].numel(),
+            )  # fmt: skip
+
+
+def _rows(tensors: Tensors | None) -> list[Tensor] | None:
+    return None if tensors is None else [rows_of(t) for t in tensors]
+
+
+def _like(tensors: Tensors) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in tensors]
 
 
 def _step(
@@ -61,11 +85,9 @@ def _step(
 ) -> Tensor:
     rows = [rows_of(g) for g in grads]
     norm = _dots(rows)[0].sqrt()
-    factor = -lr.to(norm.dtype) * scale_of(norm, max_norm)[0]
-    one = torch.ones_like(norm)
-    for i, (w, g) in enumerate(zip(weights, rows, strict=True)):
-        copy = copies[i].view(g.shape) if copies else None
-        _combine((rows_of(w), one), (g, factor), None, out[i].view(g.shape), copy, active)
+    step = -lr.to(norm.dtype) * scale_of(norm, max_norm)[0]
+    new = _Sum(torch.ones_like(norm), None, None, step)
+    _combine((_rows(weights), None, None, rows), [(new, out)], copies, active)
     return norm.to(weights[0].dtype if weights[0].dtype == torch.float64 else torch.float32)
 
 
@@ -73,7 +95,7 @@ def forward(
     weights: Tensors, grads: Tensors, lr: Tensor, max_norm: float | None, copy_dtype: torch.dtype | None
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """As `reference.forward`."""
-    new = [w.new_empty(w.shape) for w in weights]
+    new = _like(weights)
     copies = [] if copy_dtype is None else [w.new_empty(w.shape, dtype=copy_dtype) for w in weights]
     norm = _step(weights, grads, lr, max_norm, new, copies, None)
     return new, norm, copies
@@ -91,21 +113,29 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[list[Tensor] | None, list[Tensor] | None, Tensor | None]:
     """As `reference.backward`."""
-    cotangents = d_new(d_weights, d_copies)
-    rows, d_rows = [rows_of(g) for g in grads], [rows_of(c) for c in cotangents]
+    # Without copies the cotangents are what was given, of which the result has to be a copy.
+    cotangents = d_new(d_weights, d_copies) if d_copies else d_weights
+    rows, d_rows = _rows(grads), _rows(cotangents)
+    assert rows is not None
     square, product, _, _ = _dots(rows, d_rows)
     norm = square.sqrt()
     inverse = inverse_norm(norm)
     scale, clips = scale_of(norm, max_norm)
-    d_grads = None
-    if needs[1]:
+    results: list[tuple[_Sum, list[Tensor]]] = []
+    d_grads = _like(grads) if needs[1] else None
+    if d_grads is not None:
         of_l = -lr.to(norm.dtype) * scale
         of_g = torch.where(clips, -of_l * product * inverse.square(), 0) + d_norm.to(norm.dtype) * inverse
-        d_grads = [g.new_empty(g.shape) for g in grads]
-        for d_row, row, d_grad in zip(d_rows, rows, d_grads, strict=True):
-            _combine((d_row, of_l), (row, of_g), None, d_grad.view(row.shape))
+        results.append((_Sum(None, of_l, None, of_g), d_grads))
+    to_weights = None
+    if needs[0]:
+        to_weights = list(cotangents) if d_copies else _like(weights)
+        if not d_copies:
+            results.append((_Sum(None, torch.ones_like(norm), None, None), to_weights))
+    if results:
+        _combine((None, d_rows, None, rows), results)
     d_lr = -(scale * product).sum().to(lr) if needs[2] else None
-    return cotangents if needs[0] else None, d_grads, d_lr
+    return to_weights, d_grads, d_lr
 
 
 def double_backward(
@@ -130,8 +160,9 @@ def double_backward(
     Tensor | None,
 ]:
     """As `reference.double_backward`, letters as there."""
-    rows, l_rows = [rows_of(g) for g in grads], [rows_of(c) for c in d_new(d_weights, d_copies)]
-    u_rows = None if g_grads is None else [rows_of(u) for u in g_grads]
+    rows, l_rows = _rows(grads), _rows(d_new(d_weights, d_copies) if d_copies else d_weights)
+    u_rows = _rows(g_grads)
+    assert rows is not None
     square, h, a, b = _dots(rows, l_rows, u_rows)
     norm = square.sqrt()
     inverse = inverse_norm(norm)
@@ -140,23 +171,20 @@ def double_backward(
     eta, m = lr.to(norm.dtype), d_norm.to(norm.dtype)
     r = g_lr.to(norm.dtype) if g_lr is not None else torch.zeros_like(eta)
 
-    of_g, one = eta * k * a - r * s, torch.ones_like(norm)
-    to_l = None
-    if needs[0] or needs[2]:
-        to_l = [g.new_empty(g.shape) for g in grads]
-        for i, (row, out) in enumerate(zip(rows, to_l, strict=True)):
-            direct = None if g_weights is None else (rows_of(g_weights[i]), one)
-            upper = (row, torch.zeros_like(norm)) if u_rows is None else (u_rows[i], -eta * s)
-            _combine((row, of_g), upper, direct, out.view(row.shape))
-    to_g = None
-    if needs[4]:
-        of_upper = eta * k * h + m * inverse
+    results: list[tuple[_Sum, list[Tensor]]] = []
+    to_l = _like(grads) if needs[0] or needs[2] else None
+    if to_l is not None:
+        of_w = None if g_weights is None else torch.ones_like(norm)
+        of_upper = None if g_grads is None else -eta * s
+        results.append((_Sum(of_w, None, of_upper, eta * k * a - r * s), to_l))
+    to_g = _like(grads) if needs[4] else None
+    if to_g is not None:
         of_g = k * (eta * b - 3 * eta * h * a * inverse.square() + r * h) - m * a * inverse**3
         of_l = eta * k * a - r * s
-        to_g = [g.new_empty(g.shape) for g in grads]
-        for i, (row, out) in enumerate(zip(rows, to_g, strict=True)):
-            third = None if u_rows is None else (u_rows[i], of_upper)
-            _combine((row, of_g), (l_rows[i], of_l), third, out.view(row.shape))
+        of_upper = None if g_grads is None else eta * k * h + m * inverse
+        results.append((_Sum(None, of_l, of_upper, of_g), to_g))
+    if results:
+        _combine((_rows(g_weights), l_rows, u_rows, rows), results)
     return (
         to_l if to_l and needs[0] else None,
         (a * inverse).to(d_norm.dtype) if needs[1] else None,

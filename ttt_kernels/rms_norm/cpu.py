@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ttt_kernels.extension import addresses, compute_dtype, dtype_code, kernels, located
+from ttt_kernels.extension import addresses, beyond_caches, compute_dtype, dtype_code, kernels, located
 
 _ROWS_PER_SUM = 32
 """As in csrc/cpu/rms_norm.cpp."""
@@ -38,7 +38,7 @@ def forward(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> t
     if rows.numel():
         kernels().rms_norm_forward(
             dtype_code(x.dtype), *located(rows), wide.data_ptr(), *located(added), y.data_ptr(), rstd.data_ptr(),
-            *rows.shape, eps,
+            beyond_caches(y), *rows.shape, eps,
         )  # fmt: skip
     return y, rstd
 
@@ -61,7 +61,7 @@ def backward(
     if rows.numel() and any(needs):
         kernels().rms_norm_backward(
             dtype_code(x.dtype), *located(d_rows), *located(rows), wide.data_ptr(), rstd.data_ptr(),
-            *addresses(dx, dw, d_residual, partial), *rows.shape,
+            *addresses(dx, dw, d_residual, partial), beyond_caches(dx, d_residual), *rows.shape,
         )  # fmt: skip
     return dx, None if dw is None else dw.to(weight.dtype), d_residual
 
@@ -89,7 +89,7 @@ def double_backward(
         kernels().rms_norm_double_backward(
             dtype_code(x.dtype), *located(a), *addresses(b), *located(z), *located(d_rows), *located(rows),
             wide.data_ptr(), rstd.data_ptr(), *addresses(dy_bar, x_bar, w_bar, partial),
-            *rows.shape,
+            beyond_caches(dy_bar, x_bar), *rows.shape,
         )  # fmt: skip
     to_weight = None if w_bar is None else w_bar.to(weight.dtype)
     return dy_bar, x_bar, to_weight, x.new_zeros(x.shape) if needs[3] else None

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ttt_kernels.extension import compute_dtype, dtype_code, kernels
+from ttt_kernels.extension import beyond_caches, compute_dtype, dtype_code, kernels
 from ttt_kernels.rope.tables import tables
 
 
@@ -22,7 +22,7 @@ def _rotate(x: Tensor, positions: Tensor, theta: float, interleaved: bool, inver
         table_b = 0 if positions.dim() == 1 else cos.numel() // x.shape[0]
         kernels().rope_rotate(
             dtype_code(x.dtype), x.data_ptr(), *x.stride()[:3], cos.data_ptr(), sin.data_ptr(), table_b,
-            y.data_ptr(), *y.stride()[:3], *x.shape, interleaved, inverse,
+            y.data_ptr(), *y.stride()[:3], *x.shape, interleaved, inverse, beyond_caches(y),
         )  # fmt: skip
     return y
 
