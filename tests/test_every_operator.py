@@ -12,6 +12,10 @@ from torch.library import opcheck
 from ttt_kernels.registry import OPERATORS, ORDERS
 
 BASES = tuple(name for name in EXAMPLES if not name.endswith("_jvp"))
+OWN_PRODUCTS = tuple(n for n in EXAMPLES if not n.startswith(("swiglu", "linear_ce")))
+"""Whose products are not the BLAS's."""
+# A copy of 16 bits has no finite differences.
+SMOOTH = tuple(name for name in BASES if name != "clipped_sgd unclipped")
 TWINS = tuple(name for name in EXAMPLES if name.endswith("_jvp"))
 
 
@@ -29,6 +33,22 @@ def pairs(
         for name in names
         for backend in backends
         if backend == "reference" or served(EXAMPLES[name], backend)
+    ]
+
+
+def with_orders(
+    names: tuple[str, ...],
+    backends: tuple[str, ...],
+    orders: tuple[str, ...] = ORDERS,
+    *,
+    slow: tuple[str, ...] = ("triton",),
+) -> list[Any]:
+    """As `pairs`, with every order that the backend serves."""
+    return [
+        pytest.param(*pair.values, order, marks=pair.marks, id=f"{pair.id}-{order}")
+        for pair in pairs(names, backends, slow=slow)
+        for order in orders
+        if order in served(EXAMPLES[pair.values[0]], pair.values[1])
     ]
 
 
@@ -77,23 +97,17 @@ def within_budget(name: str, backend: str, dtype: torch.dtype) -> None:
     assert_within_budget(example.on, example.leaves(), dtype, backend, highest=highest, slack=3.0)
 
 
-@pytest.mark.parametrize(("name", "backend"), pairs(BASES, tuple(b for b in EVERY_BACKEND if b != "triton")))
+@pytest.mark.parametrize(("name", "backend"), pairs(SMOOTH, tuple(b for b in EVERY_BACKEND if b != "triton")))
 def test_derivatives_are_finite_differences(name: str, backend: str) -> None:
-    if name == "clipped_sgd unclipped":
-        # A copy of 16 bits has no finite differences.
-        return
     leaves = [t.clone().requires_grad_() for t in EXAMPLES[name].leaves()]
     call = lambda *x: tuple(EXAMPLES[name].on(backend)(*x))  # noqa: E731
     assert torch.autograd.gradcheck(call, leaves)
     assert torch.autograd.gradgradcheck(call, leaves)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("name", "backend"), pairs(tuple(EXAMPLES), KERNELS, slow=KERNELS))
+@pytest.mark.parametrize(("name", "backend", "order"), with_orders(tuple(EXAMPLES), KERNELS, slow=KERNELS))
 def test_opcheck(name: str, backend: str, order: str) -> None:
     example = EXAMPLES[name].cast(kernel_dtype(backend))
-    if order not in served(example, backend):
-        return
     arguments = example.arguments(order)
     if order != "forward":
         arguments.append(example.wanted(order))
@@ -131,13 +145,10 @@ def test_an_operator_called_by_itself_refuses_tangents(name: str) -> None:
         torch.func.jvp(lambda *x: operator(*example.given(x), *example.params, "cpu"), leaves, leaves)
 
 
-@pytest.mark.parametrize("order", ORDERS[1:])
-@pytest.mark.parametrize(("name", "backend"), pairs(tuple(EXAMPLES), KERNELS))
+@pytest.mark.parametrize(("name", "backend", "order"), with_orders(tuple(EXAMPLES), KERNELS, ORDERS[1:]))
 def test_only_what_is_needed(name: str, backend: str, order: str) -> None:
     """One result at a time, of the same bits; what nobody wants is None."""
     example = EXAMPLES[name].cast(kernel_dtype(backend))
-    if order not in served(example, backend):
-        return
     wanted = example.wanted(order)
     everything = run(example, backend, order)
     for i in [i for i, want in enumerate(wanted) if want]:
@@ -165,18 +176,14 @@ def _zeros(value: Any) -> Any:
     return [torch.zeros_like(v) for v in value] if isinstance(value, list) else torch.zeros_like(value)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("name", "backend"), pairs(tuple(EXAMPLES), KERNELS))
+@pytest.mark.parametrize(("name", "backend", "order"), with_orders(tuple(EXAMPLES), KERNELS))
 def test_same_bits_every_time(name: str, backend: str, order: str) -> None:
     example = EXAMPLES[name].cast(kernel_dtype(backend))
-    if order not in served(example, backend):
-        return
     first, again = (flat(run(example, backend, order)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("name", "backend"), pairs(BASES, KERNELS))
+@pytest.mark.parametrize(("name", "backend", "order"), with_orders(BASES, KERNELS))
 def test_strides_do_not_matter(name: str, backend: str, order: str) -> None:
     """Every tensor as every second element of another, whose other elements are NaN."""
     example = EXAMPLES[name].cast(kernel_dtype(backend))
@@ -288,21 +295,18 @@ def test_the_twin_differentiates_in_reverse(name: str, backend: str) -> None:
         assert torch.autograd.gradgradcheck(call, leaves)
 
 
-@pytest.mark.skipif("cpu" not in KERNELS, reason="without the C++ extension")
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", [n for n in EXAMPLES if not n.startswith(("swiglu", "linear_ce"))])
-def test_same_bits_for_any_number_of_threads(name: str, order: str) -> None:
-    """But for operators whose products are the BLAS's."""
+@pytest.mark.parametrize(
+    ("name", "backend", "order"), with_orders(OWN_PRODUCTS, tuple(b for b in KERNELS if b == "cpu"))
+)
+def test_same_bits_for_any_number_of_threads(name: str, backend: str, order: str) -> None:
     example = EXAMPLES[name]
-    if order not in served(example, "cpu"):
-        return
     arguments = [*example.arguments(order), *([] if order == "forward" else [example.wanted(order)])]
     threads = torch.get_num_threads()
     results = []
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            results.append(flat(example.operator.kernels["cpu"][order](*arguments)))
+            results.append(flat(example.operator.kernels[backend][order](*arguments)))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

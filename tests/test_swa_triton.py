@@ -10,11 +10,10 @@ from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from small_model import model
 from torch import Tensor
-from torch.library import opcheck
 from triton_here import DEVICE, needs_triton
 
 from engine.ops import Ops
-from ttt_kernels import backends, sliding_window_attention
+from ttt_kernels import sliding_window_attention
 from ttt_kernels.swa import operator, triton_configs
 
 pytestmark = needs_triton
@@ -205,35 +204,6 @@ def test_missing_cotangents(missing: tuple[int, ...]) -> None:
     assert_close("double_backward", [*given, *arguments()], needs)
 
 
-def test_no_cotangent_at_all() -> None:
-    own = operator.kernels["triton"]["double_backward"](None, None, None, *arguments(), [True] * 4)
-    assert all(t.abs().max() == 0 for t in own)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("wanted", range(7))
-def test_only_what_is_needed(wanted: int) -> None:
-    if wanted < 3:
-        order, given, results = "backward", arguments(20), 3
-    else:
-        order, given, results = "double_backward", [*cotangents(20), *arguments(20)], 4
-    everything = operator.kernels["triton"][order](*given, [True] * results)
-    needs = [i == wanted % 3 if wanted < 3 else i == wanted - 3 for i in range(results)]
-    for need, f, e in zip(needs, operator.kernels["triton"][order](*given, needs), everything, strict=True):
-        assert torch.equal(f, e) if need else f is None
-
-
-@pytest.mark.slow
-def test_expanded_cotangents() -> None:
-    """Strides of 0, as `.sum()` makes them, for every cotangent."""
-    given = arguments()
-    given[0] = torch.ones((), device=DEVICE).expand(given[0].shape)
-    assert_close("backward", given, [True] * 3)
-    ones = [torch.full((), 0.5 + i, device=DEVICE).expand(g.shape) for i, g in enumerate(cotangents(0))]
-    # With the same cotangent for every element, sums cancel.
-    assert_close("double_backward", [*ones, *given], [True] * 4, 1e-5)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_heads_too_wide_for_one_launch(dtype: torch.dtype) -> None:
@@ -320,48 +290,7 @@ def test_empty(sizes: tuple[int, ...]) -> None:
     assert all(g.sum() == 0 for g in torch.autograd.grad(o.sum(), leaves))
 
 
-@pytest.mark.slow
-def test_same_bits_every_time() -> None:
-    given = [*cotangents(0), *arguments()]
-    results = [operator.kernels["triton"]["double_backward"](*given, [True] * 4) for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
 # -- The registered operators and the choice of the backend -------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("order", ["", "_backward", "_double_backward"])
-def test_opcheck(order: str) -> None:
-    shapes = ((2, 5, 2, 4), (2, 7, 1, 4), (2, 7, 1, 4))
-    leaves = [draw(*s, seed=i).float().to(DEVICE).requires_grad_() for i, s in enumerate(shapes)]
-    given = (*leaves, numbers(7, 4), None)
-    kept = (t.detach() for t in operator.forward(*given, 4, 0.7, 0, True, backend="reference"))
-    d_o = draw(*shapes[0], seed=3).float().to(DEVICE).requires_grad_()
-    firsts = [draw(*s, seed=4 + i).float().to(DEVICE) for i, s in enumerate(shapes)]
-    backward = (d_o, *given, *kept, 4, 0.7, 0, True)
-    samples = {
-        "": (*given, 4, 0.7, 0, True, "triton"),
-        "_backward": (*backward, [True] * 3, "triton"),
-        "_double_backward": (*firsts, *backward, [True] * 4, "triton"),
-    }[order]
-    if order == "_double_backward":
-        samples = tuple(a.detach() if isinstance(a, Tensor) else a for a in samples)
-    opcheck(getattr(torch.ops.ttt_kernels, f"swa{order}").default, samples)
-
-
-def test_third_order_raises() -> None:
-    leaves = [t.float().requires_grad_() for t in qkv(1, 3, 3, 1, 1, 4)]
-    loss = sliding_window_attention(*leaves, backend="triton").square().sum()
-    for _ in range(2):
-        grads = torch.autograd.grad(loss, leaves, create_graph=True)
-        loss = sum(g.square().sum() for g in grads)
-    with pytest.raises(RuntimeError, match="swa_double_backward"):
-        torch.autograd.grad(loss, leaves)
-
-
-def test_serves_every_order() -> None:
-    assert backends()["triton"]["operators"]["swa"] == ("forward", "backward", "double_backward")
 
 
 @pytest.mark.parametrize(
