@@ -134,7 +134,8 @@ class Ops:
         copy_dtype: torch.dtype | None,
     ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """The clipped step: new weights, the gradient's norm per sequence, and the copies that products read."""
-        rate = torch.tensor(lr, dtype=weights[0].dtype, device=weights[0].device)
+        # On the processor, wherever the weights are: no device has to be waited for.
+        rate = torch.tensor(lr, dtype=torch.float64, device="cpu")
         arguments = (list(weights), list(grads), rate, clip or None, copy_dtype)
         new, norm, copies = clipped_sgd.forward(*arguments, backend=self._backend["clipped_sgd"])
         return list(new), norm, list(copies)

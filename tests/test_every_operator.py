@@ -12,6 +12,7 @@ from torch.library import opcheck
 from ttt_kernels.registry import OPERATORS, ORDERS
 
 BASES = tuple(name for name in EXAMPLES if not name.endswith("_jvp"))
+COMPILED = tuple(name for name in KERNELS if name != "triton")
 OWN_PRODUCTS = tuple(n for n in EXAMPLES if not n.startswith(("swiglu", "linear_ce")))
 """Whose products are not the BLAS's."""
 # A copy of 16 bits has no finite differences.
@@ -97,7 +98,7 @@ def within_budget(name: str, backend: str, dtype: torch.dtype) -> None:
     assert_within_budget(example.on, example.leaves(), dtype, backend, highest=highest, slack=3.0)
 
 
-@pytest.mark.parametrize(("name", "backend"), pairs(SMOOTH, tuple(b for b in EVERY_BACKEND if b != "triton")))
+@pytest.mark.parametrize(("name", "backend"), pairs(SMOOTH, ("reference", *COMPILED)))
 def test_derivatives_are_finite_differences(name: str, backend: str) -> None:
     leaves = [t.clone().requires_grad_() for t in EXAMPLES[name].leaves()]
     call = lambda *x: tuple(EXAMPLES[name].on(backend)(*x))  # noqa: E731
@@ -125,7 +126,7 @@ def _differentiable(value: Any) -> Any:
     return value
 
 
-@pytest.mark.parametrize(("name", "backend"), pairs(BASES, KERNELS, slow=KERNELS))
+@pytest.mark.parametrize(("name", "backend"), pairs(BASES, COMPILED, slow=COMPILED))
 def test_opcheck_of_unwanted_gradients(name: str, backend: str) -> None:
     """An empty tensor in place of a gradient that nobody wants, and of its cotangent."""
     example = EXAMPLES[name].cast(kernel_dtype(backend))
@@ -284,9 +285,7 @@ def test_the_twin_is_the_directional_derivative(name: str, backend: str) -> None
             torch.testing.assert_close(o, t, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "backend"), pairs(TWINS, tuple(b for b in EVERY_BACKEND if b != "triton"), slow=("reference",))
-)
+@pytest.mark.parametrize(("name", "backend"), pairs(TWINS, ("reference", *COMPILED), slow=("reference",)))
 def test_the_twin_differentiates_in_reverse(name: str, backend: str) -> None:
     leaves = [t.clone().requires_grad_() for t in EXAMPLES[name].leaves()]
     call = lambda *x: tuple(EXAMPLES[name].on(backend)(*x))  # noqa: E731
@@ -295,9 +294,7 @@ def test_the_twin_differentiates_in_reverse(name: str, backend: str) -> None:
         assert torch.autograd.gradgradcheck(call, leaves)
 
 
-@pytest.mark.parametrize(
-    ("name", "backend", "order"), with_orders(OWN_PRODUCTS, tuple(b for b in KERNELS if b == "cpu"))
-)
+@pytest.mark.parametrize(("name", "backend", "order"), with_orders(OWN_PRODUCTS, COMPILED))
 def test_same_bits_for_any_number_of_threads(name: str, backend: str, order: str) -> None:
     example = EXAMPLES[name]
     arguments = [*example.arguments(order), *([] if order == "forward" else [example.wanted(order)])]

@@ -41,16 +41,22 @@ def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     return torch.matmul(operand(a), operand(b.to(a.dtype))).to(out_dtype)
 
 
-def sum_of_products(*factors: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
-    """The sum of a @ b over pairs (a, b) of operands of one dtype, in that dtype; a pair without one is zero.
+def sum_of_products(
+    *factors: tuple[Tensor | None, Tensor | None], dtype: torch.dtype | None = None
+) -> Tensor | None:
+    """The sum of a @ b over pairs (a, b) of operands of one dtype; a pair without one is zero.
 
-    Operands are matrices or batches of them. None where no pair has both.
+    Operands are matrices or batches of them. The sum is in their dtype; for a float32 `dtype` that of 16-bit operands
+    on a GPU is float32, and not rounded in between. None where no pair has both.
     """
     total: Tensor | None = None
     for a, b in factors:
         if a is None or b is None:
             continue
-        if total is None:
+        if a.is_cuda and dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16):
+            product = (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=dtype)
+            total = product if total is None else total.add_(product)
+        elif total is None:
             total = torch.matmul(a, b)
         elif total.dim() == 2:
             total.addmm_(a, b)

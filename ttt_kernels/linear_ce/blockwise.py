@@ -81,7 +81,10 @@ class _Memory:
         """A block of weights, or of what has their shape, as products read it."""
         if self.converted is None:
             return weight[part]
-        return self.converted[: part.stop - part.start].copy_(weight[part].to(self.dtype))
+        rows = weight[part]
+        # Rounded first to x's type, where products have a wider one.
+        rows = rows if self.converted.dtype == self.dtype else rows.to(self.dtype)
+        return self.converted[: part.stop - part.start].copy_(rows)
 
     def block(self, part: slice, weight: Tensor) -> Block:
         """A block whose logits are yet to be computed."""

@@ -100,7 +100,8 @@ def online(
     tl.store(p_others + row, tl.load(p_others + row) * decay + others)
     if p_acc is not None:
         p_sums = p_acc + row * width
-        if decay < 1:
+        # Before the first block nothing has been summed.
+        if (decay < 1) & (before > _NONE):
             for start in tl.range(0, width, BLOCK):
                 _store(p_sums, _load(p_sums, start, width, 0.0, BLOCK) * decay, start, width, BLOCK)
 

@@ -12,8 +12,8 @@ from ttt_kernels.rms_norm.triton_configs import LARGEST, SUMMED, configs, sums
 from ttt_kernels.rms_norm.triton_configs import span as span_of
 from ttt_kernels.rms_norm.triton_located import Rows, rows_of
 
-_MOST_ROWS = 2**31 - 2**16
-"""Kernels count rows, those that the last tile lacks included, in 32 bits."""
+_MOST_ROWS = 2**31 - 2**22
+"""Kernels count rows in 32 bits, those included that the last tile, or the last program that sums over them, lacks."""
 
 
 def refuse(tensors: tuple[Tensor, ...]) -> str | None:

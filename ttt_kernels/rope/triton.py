@@ -1,5 +1,6 @@
 """Rotary position embedding on the Triton kernel of triton_kernels.py, which a first call imports."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -8,7 +9,6 @@ from torch import Tensor
 from ttt_kernels import triton_launch
 from ttt_kernels.backends import refuse_on_triton
 from ttt_kernels.rope.triton_configs import LARGEST, configs
-from ttt_kernels.rope.triton_quarters import quarters
 
 
 def refuse(tensors: tuple[Tensor, ...]) -> str | None:
@@ -39,8 +39,8 @@ def _rotate(x: Tensor, positions: Tensor, theta: float, interleaved: bool, inver
         "rope.rotate", kernels.rotate, programs, configs(d, heads), (x.dtype, d, heads, interleaved), x.device,
         {
             "t_x": (x, *x.stride()[:3]), "t_positions": (positions, of_sequence, positions.stride(-1)),
-            "p_quarters": quarters(d, theta, x.device), "p_y": y, "T": t,
-            "H": heads, "D": d, "INTERLEAVED": interleaved, "INVERSE": inverse,
+            "p_y": y, "T": t, "H": heads, "D": d, "STEP": -2 / d * math.log2(theta),
+             "INTERLEAVED": interleaved, "INVERSE": inverse,
         },
     )  # fmt: skip
     return y

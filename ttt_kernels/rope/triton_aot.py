@@ -1,5 +1,7 @@
 """The rotation's Triton kernel with every configuration, for compilation ahead of time."""
 
+import math
+
 from ttt_kernels.aot import Case, Constant
 from ttt_kernels.rope import triton_kernels
 from ttt_kernels.rope.triton_configs import LARGEST, configs
@@ -23,11 +25,11 @@ def cases(arch: int) -> list[Case]:
         arguments = {
             "t_x": (f"*{dtype}", "i32", "i32", "i32"),
             "t_positions": ("*i64", "i32", "i32"),
-            "p_quarters": "*fp64",
             "p_y": f"*{dtype}",
             "T": "i32",
             "H": Constant(heads),
             "D": Constant(head_dim),
+            "STEP": Constant(-2 / head_dim * math.log2(10_000.0)),
             "INTERLEAVED": Constant(interleaved),
             "INVERSE": Constant(head_dim == 64),
         }

@@ -60,11 +60,15 @@ def _positions(b_t, T, head, H: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def rotate(
-    t_x, t_positions, p_quarters, p_y, T,
-    H: tl.constexpr, D: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
+    t_x, t_positions, p_y, T,
+    H: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
     POSITIONS: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """y (B, T, H, D), contiguous: x turned by its positions, or back; p_quarters has each pair's quarter turns."""
+    """y (B, T, H, D), contiguous: x turned by its positions, or back.
+
+    A position turns pair i by 2^(i STEP) radians. STEP is constant because as an argument it would be rounded to
+    float32.
+    """
     groups = (H + HEADS - 1) // HEADS
     blocks = tl.cdiv(T, POSITIONS)
     index = tl.program_id(0)
@@ -75,8 +79,7 @@ def rotate(
     b_position = tl.load(
         t_positions[0] + sequence * t_positions[1] + b_long * t_positions[2], mask=b_t < T, other=0
     )
-    b_pair = tl.arange(0, PAIRS)
-    b_quarters = tl.load(p_quarters + b_pair, mask=b_pair < D // 2, other=0.0)
+    b_quarters = tl.exp2(tl.arange(0, PAIRS).to(tl.float64) * STEP) * 0.6366197723675814
     b_cos, b_sin = cos_sin(b_position.to(tl.float64)[:, None] * b_quarters[None, :])
     if INVERSE:
         b_sin = -b_sin

@@ -110,11 +110,13 @@ def backward(
         total = sum_of_products((d_gate, _operand(w_gate, x)), (d_up, _operand(w_up, x)))
         dx = _given(total, x.dtype, x.shape)
     if needs[1]:
-        d_w_gate = _given(sum_of_products((_transposed(d_gate), x_)), w_gate.dtype, w_gate.shape)
+        d_w_gate = _given(
+            sum_of_products((_transposed(d_gate), x_), dtype=w_gate.dtype), w_gate.dtype, w_gate.shape
+        )
     if needs[2]:
-        d_w_up = _given(sum_of_products((_transposed(d_up), x_)), w_up.dtype, w_up.shape)
+        d_w_up = _given(sum_of_products((_transposed(d_up), x_), dtype=w_up.dtype), w_up.dtype, w_up.shape)
     if needs[3]:
-        d_w_down = _given(sum_of_products((dy_.mT, hidden)), w_down.dtype, w_down.shape)
+        d_w_down = _given(sum_of_products((dy_.mT, hidden), dtype=w_down.dtype), w_down.dtype, w_down.shape)
     return dx, d_w_gate, d_w_up, d_w_down
 
 
@@ -164,11 +166,11 @@ def double_backward(
         total = sum_of_products((gate_bar, of_gate), (up_bar, of_up), (d_gate, b), (d_up, c))
         d_x = _given(total, x.dtype, x.shape)
     if needs[2]:
-        total = sum_of_products((_transposed(gate_bar), x_), (_transposed(d_gate), a))
+        total = sum_of_products((_transposed(gate_bar), x_), (_transposed(d_gate), a), dtype=w_gate.dtype)
         d_w_gate = _given(total, w_gate.dtype, w_gate.shape)
     if needs[3]:
-        total = sum_of_products((_transposed(up_bar), x_), (_transposed(d_up), a))
+        total = sum_of_products((_transposed(up_bar), x_), (_transposed(d_up), a), dtype=w_up.dtype)
         d_w_up = _given(total, w_up.dtype, w_up.shape)
     if needs[4]:
-        d_w_down = _given(sum_of_products((dy_.mT, t_hidden)), w_down.dtype, w_down.shape)
+        d_w_down = _given(sum_of_products((dy_.mT, t_hidden), dtype=w_down.dtype), w_down.dtype, w_down.shape)
     return d_dy, d_x, d_w_gate, d_w_up, d_w_down
