@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from ttt_kernels import tuning
+from ttt_kernels import triton_launch, tuning
 from ttt_kernels.tuning import Config
 
 FAST, SLOW = (Config((("BQ", size),), 4, 1) for size in (64, 16))
@@ -106,3 +107,11 @@ def test_the_file_is_read_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_interpreted(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", value)
     assert tuning.interpreted() == (value == "1")
+
+
+def test_much_work_has_a_choice_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[tuple] = []
+    monkeypatch.setattr(tuning, "run", lambda name, key, configs, run: keys.append(key))
+    for count in (3, 500, 512, 30_000, 1 << 41):
+        triton_launch.launch("kernel", None, lambda _, n=count: n, [FAST], ("a",), torch.device("cpu"), {})
+    assert keys[0] != keys[1] == keys[2] != keys[3] == keys[4]

@@ -15,6 +15,11 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def amount(count: int) -> str:
+    """Roughly how much there is of something, so that what is fastest for little work is not taken for much."""
+    return f"8^{min((max(count, 1) - 1).bit_length() // 3, 5)}"
+
+
 def launch(
     name: str,
     kernel: Any,
@@ -31,7 +36,7 @@ def launch(
         kernel: the `triton.jit` function.
         programs: how many programs a configuration has, a function of its sizes by name.
         configs: as for `tuning.run`.
-        key: what the best configuration depends on besides which arguments are missing.
+        key: what the best configuration depends on besides which arguments are missing and how much work there is.
         device: where the arguments are.
         arguments: all but the sizes of a configuration; a missing one is None.
     """
@@ -41,5 +46,6 @@ def launch(
         kernel[(programs(sizes),)](**arguments, **sizes, **config.options())
 
     missing = [label for label, value in arguments.items() if value is None]
+    work = amount(programs(dict(configs[0].sizes)))
     with on(device):
-        tuning.run(name, (*key, *missing), configs, run)
+        tuning.run(name, (*key, work, *missing), configs, run)

@@ -1,9 +1,9 @@
 """Configurations of Triton kernels: which there are, and which is fastest on this device.
 
-A kernel is timed once for each key (dtype, head dimension and the like; never a length) and the answer is kept in
-a file for each kind of device, under TTT_KERNELS_CACHE or ~/.cache/ttt_kernels. With deterministic algorithms
-(`torch.use_deterministic_algorithms`) and in interpreter mode the first configuration is taken; in a CUDA graph's
-capture nothing is timed.
+A kernel is timed once for each key (dtype, head dimension and the like; of lengths only the order of magnitude of all
+work) and the answer is kept in a file for each kind of device, under TTT_KERNELS_CACHE or ~/.cache/ttt_kernels. With
+deterministic algorithms (`torch.use_deterministic_algorithms`) and in interpreter mode the first configuration is
+taken; in a CUDA graph's capture nothing is timed.
 """
 
 import json

@@ -1,5 +1,7 @@
 """How RMSNorm's Triton kernels divide their work: rows of a tile, and tiles of a program."""
 
+from functools import cache
+
 from ttt_kernels.tuning import Config, interpreted
 
 LARGEST = 8192
@@ -25,9 +27,13 @@ def padded(n: int) -> int:
 
 def configs(order: str, n: int) -> tuple[Config, ...]:
     """What a kernel can be launched with, the safest first: `ROWS` rows padded to `BLOCK` elements."""
-    block = padded(n)
     if interpreted():
-        return (Config((("ROWS", 4), ("BLOCK", block)), 4, 1),)
+        return (Config((("ROWS", 4), ("BLOCK", padded(n))), 4, 1),)
+    return _compiled(order, padded(n))
+
+
+@cache
+def _compiled(order: str, block: int) -> tuple[Config, ...]:
     found = []
     for tile, each in _TILES[order]:
         rows = max(1, tile // block)

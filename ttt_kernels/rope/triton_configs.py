@@ -1,5 +1,7 @@
 """How the rotation's Triton kernel divides its work: positions and heads of a program."""
 
+from functools import cache
+
 from ttt_kernels.tuning import Config, interpreted
 
 LARGEST = 1024
@@ -18,8 +20,11 @@ def configs(head_dim: int, heads: int) -> tuple[Config, ...]:
     way at once and the fewer of its instructions are for angles.
     """
     pairs = padded_pairs(head_dim)
-    if interpreted():
-        return (_config(4, pairs, min(2, heads), 1),)
+    return (_config(4, pairs, min(2, heads), 1),) if interpreted() else _compiled(pairs, heads)
+
+
+@cache
+def _compiled(pairs: int, heads: int) -> tuple[Config, ...]:
     found = []
     for warps, most in ((4, 4), (4, 8), (2, 4)):
         positions = max(1, warps * 32 * 4 // pairs)

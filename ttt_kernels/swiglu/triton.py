@@ -10,7 +10,7 @@ from torch import Tensor
 from ttt_kernels import tuning
 from ttt_kernels.swiglu import products
 from ttt_kernels.swiglu.triton_configs import SEPARATE, of_pass, of_products
-from ttt_kernels.triton_launch import launch, on
+from ttt_kernels.triton_launch import amount, launch, on
 from ttt_kernels.tuning import Config
 
 _Optional = Tensor | None
@@ -45,11 +45,6 @@ def _located(t: Tensor) -> _Located:
     return t, t.stride(0) if t.dim() == 3 else 0, t.stride(-2)
 
 
-def _amount(rows: int) -> str:
-    """How many rows there are, roughly: how well tiles are filled."""
-    return "few" if rows <= 64 else "some" if rows <= 1024 else "many"
-
-
 class _Passes:
     """As `products.Passes`."""
 
@@ -63,7 +58,8 @@ class _Passes:
             way = self._separate if config == SEPARATE else partial(self._fused, config)
             found[:] = way(x, w_gate, w_up, dtype)
 
-        key = (x.dtype, dtype, d, columns, "batched" if x.dim() == 3 else "shared", _amount(rows))
+        sequences = amount(len(x)) if x.dim() == 3 else "shared"
+        key = (x.dtype, dtype, d, columns, sequences, amount(rows))
         choices = of_products(x.dtype, d, columns, tuning.capability(x.device))
         with on(x.device):
             tuning.run("swiglu.forward", key, choices, run)
