@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -24,17 +24,21 @@ def add_arguments(parser: argparse.ArgumentParser, baselines: str) -> None:
     parser.add_argument("--baselines", nargs="+", metavar="NAME", help=f"what else to measure: {baselines}")
 
 
-def contenders(
-    args: argparse.Namespace,
-    operator: Operator,
-    dtype: str,
-    device: torch.device,
-    known: Mapping[str, tuple[str, ...]],
-    default: Sequence[str],
-) -> list[str]:
-    """Names, this library's backends first; `ValueError` for a backend or baseline that cannot be used."""
-    example = torch.empty(0, dtype=DTYPES[dtype], device=device)
-    return [*own_names(operator, args.backend, example), *baseline_names(args.baselines, known, default)]
+def chooser(
+    operator: Operator, known: Mapping[str, tuple[str, ...]], default: Mapping[str, tuple[str, ...]]
+) -> Callable[[argparse.Namespace, str, torch.device], list[str]]:
+    """A function of arguments, dtype and device that names contenders, this library's backends first.
+
+    `default` has the baselines of a kind of device, where these are not all that are known. The function raises
+    `ValueError` for a backend or baseline that cannot be used.
+    """
+
+    def contenders(args: argparse.Namespace, dtype: str, device: torch.device) -> list[str]:
+        example = torch.empty(0, dtype=DTYPES[dtype], device=device)
+        usual = default.get(device.type, tuple(known))
+        return [*own_names(operator, args.backend, example), *baseline_names(args.baselines, known, usual)]
+
+    return contenders
 
 
 def own_names(operator: Operator, names: Sequence[str] | None, example: torch.Tensor) -> list[str]:

@@ -35,6 +35,7 @@ CHECK_HIDDEN = 64
 BASELINES: dict[str, tuple[str, ...]] = {name: (name,) for name in ("plain", "compiled")}
 # Compiling for forward and backward takes most of a minute on a CPU of two busy cores.
 DEFAULT_BASELINES = {"cpu": ("plain",)}
+contenders = kernel_choice.chooser(operator, BASELINES, DEFAULT_BASELINES)
 
 
 @dataclass(frozen=True)
@@ -151,12 +152,6 @@ def problems(args: argparse.Namespace, dtype: str) -> list[Problem]:
     sizes |= {"hidden": args.hidden, "intermediate": args.intermediate}
     options.at_least_one(**sizes)
     return [Problem(**sizes, dtype=dtype)]
-
-
-def contenders(args: argparse.Namespace, dtype: str, device: torch.device) -> list[str]:
-    """Names, this library's backends first; `ValueError` for a backend or baseline that cannot be used."""
-    default = DEFAULT_BASELINES.get(device.type, tuple(BASELINES))
-    return kernel_choice.contenders(args, operator, dtype, device, BASELINES, default)
 
 
 def contender(name: str) -> Contender:

@@ -28,6 +28,7 @@ BASELINES: dict[str, tuple[str, ...]] = {
 }
 # Compiling for forward and backward takes most of a minute on a CPU of two busy cores.
 DEFAULT_BASELINES = {"cpu": ("plain", "chunked")}
+contenders = kernel_choice.chooser(operator, BASELINES, DEFAULT_BASELINES)
 # Measured on a CPU in float32, rounded up: matrices of all logits that are alive at once.
 MATRICES = {"forward": 2, "backward": 3, "forward-backward": 3, "double-backward": 9, "all": 8}
 
@@ -153,12 +154,6 @@ def problems(args: argparse.Namespace, dtype: str) -> list[Problem]:
         raise ValueError("--vocab=1 is not accepted; it is at least 2, since one class has no loss")
     counts = sorted({args.batch * count for count in args.tokens})
     return [Problem(count, args.hidden, args.vocab, dtype) for count in counts]
-
-
-def contenders(args: argparse.Namespace, dtype: str, device: torch.device) -> list[str]:
-    """Names, this library's backends first; `ValueError` for a backend or baseline that cannot be used."""
-    default = DEFAULT_BASELINES.get(device.type, tuple(BASELINES))
-    return kernel_choice.contenders(args, operator, dtype, device, BASELINES, default)
 
 
 def contender(name: str) -> Contender:

@@ -34,6 +34,7 @@ TENSORS = {"forward": (2, 1), "backward": (3, 0), "double-backward": (5, 1), "al
 BASELINES: dict[str, tuple[str, ...]] = {name: (name,) for name in ("plain", "compiled", "liger", "fla")}
 # Compiling for forward and backward takes most of a minute on a CPU of two busy cores.
 DEFAULT_BASELINES = {"cpu": ("plain",)}
+contenders = kernel_choice.chooser(operator, BASELINES, DEFAULT_BASELINES)
 
 
 @dataclass(frozen=True)
@@ -162,12 +163,6 @@ def problems(args: argparse.Namespace, dtype: str) -> list[Problem]:
         options.at_least_one(tokens=count)
     counts = sorted(set(args.tokens))
     return [Problem(args.batch, count, args.hidden, args.residual, dtype) for count in counts]
-
-
-def contenders(args: argparse.Namespace, dtype: str, device: torch.device) -> list[str]:
-    """Names, this library's backends first; `ValueError` for a backend or baseline that cannot be used."""
-    default = DEFAULT_BASELINES.get(device.type, tuple(BASELINES))
-    return kernel_choice.contenders(args, operator, dtype, device, BASELINES, default)
 
 
 def contender(name: str) -> Contender:

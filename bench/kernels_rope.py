@@ -34,6 +34,7 @@ BASELINES: dict[str, tuple[str, ...]] = {
 }
 # Compiling for forward and backward takes most of a minute on a CPU of two busy cores.
 DEFAULT_BASELINES = {"cpu": ("plain", "complex")}
+contenders = kernel_choice.chooser(operator, BASELINES, DEFAULT_BASELINES)
 
 
 @dataclass(frozen=True)
@@ -164,12 +165,6 @@ def problems(args: argparse.Namespace, dtype: str) -> list[Problem]:
         raise ValueError(f"--head-dim={args.head_dim} is not accepted; it is even")
     sizes = (args.heads, args.head_dim)
     return [Problem(args.batch, count, *sizes, dtype) for count in sorted(set(args.tokens))]
-
-
-def contenders(args: argparse.Namespace, dtype: str, device: torch.device) -> list[str]:
-    """Names, this library's backends first; `ValueError` for a backend or baseline that cannot be used."""
-    default = DEFAULT_BASELINES.get(device.type, tuple(BASELINES))
-    return kernel_choice.contenders(args, operator, dtype, device, BASELINES, default)
 
 
 def contender(name: str) -> Contender:

@@ -32,6 +32,7 @@ CHECK_TOKENS = 256
 BASELINES: dict[str, tuple[str, ...]] = {name: (name,) for name in ("plain", "compiled", "liger", "fla")}
 # Compiling for forward and backward takes most of a minute on a CPU of two busy cores.
 DEFAULT_BASELINES = {"cpu": ("plain",)}
+contenders = kernel_choice.chooser(operator, BASELINES, DEFAULT_BASELINES)
 
 
 @dataclass(frozen=True)
@@ -143,12 +144,6 @@ def problems(args: argparse.Namespace, dtype: str) -> list[Problem]:
     batch = args.sequences or args.batch
     sizes = (args.hidden, args.intermediate, args.sequences is not None)
     return [Problem(batch, count, *sizes, dtype) for count in sorted(set(args.tokens))]
-
-
-def contenders(args: argparse.Namespace, dtype: str, device: torch.device) -> list[str]:
-    """Names, this library's backends first; `ValueError` for a backend or baseline that cannot be used."""
-    default = DEFAULT_BASELINES.get(device.type, tuple(BASELINES))
-    return kernel_choice.contenders(args, operator, dtype, device, BASELINES, default)
 
 
 def contender(name: str) -> Contender:
