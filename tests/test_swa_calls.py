@@ -40,6 +40,7 @@ def test_opcheck_of_the_last_keys(backend: str) -> None:
     opcheck(torch.ops.ttt_kernels.swa_double_backward.default, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("keep_rest", [False, True])
 def test_opcheck_in_16_bits(backend: str, keep_rest: bool) -> None:

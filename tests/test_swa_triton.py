@@ -76,6 +76,7 @@ def test_within_budget_in_float32(name: str) -> None:
     assert_within_budget(lambda b: on(b, **options), qkv(*sizes), torch.float32, "triton")
 
 
+@pytest.mark.slow
 def test_a_window_of_one_copies_the_values() -> None:
     q, k, v = (t.float().requires_grad_() for t in qkv(1, 35, 40, 2, 1, 8))
     o = sliding_window_attention(q, k, v, window=1, backend="triton")
