@@ -132,6 +132,7 @@ def _examples() -> dict[str, Example]:
         "swiglu": Example(of["swiglu"], tuple(mlp), ()),
         "swiglu shared": Example(of["swiglu"], (mlp[0], *(t[0] for t in mlp[1:])), ()),
         "linear_ce": Example(of["linear_ce"], head, (-100, True)),
+        "linear_ce_slope": Example(of["linear_ce_slope"], (*head, []), (-100, True)),
         "rms_norm": Example(of["rms_norm"], (*normed[:2], None), (1e-2,)),
         "rms_norm residual": Example(of["rms_norm"], tuple(normed), (1e-2,)),
         "rope": Example(of["rope"], (draw(2, 3, 2, 6, seed=0), torch.tensor([0, 5, 10**6])), (1e4, True)),

@@ -56,7 +56,8 @@ def _combine(
         copy = copies[i] if copies else None
         assert out is not None
         if out.numel():
-            rows = [rows_of(t) if t is not None else None for t in (out, more, copy)]
+            # Views: a copy's results would be lost.
+            rows = [None if t is None else t.view(len(t), t[0].numel()) for t in (out, more, copy)]
             given = [n for t in inputs for n in located(None if t is None else t[i])]
             kernels().clipped_sgd_combine(
                 dtype_code(out.dtype), *given, factors.data_ptr(), uses, uses_more,

@@ -55,6 +55,37 @@ more of the pass over the vocabulary that the losses need, and spares the gradie
 jvp_operator = twin(operator, keep_slope=True)
 
 
+def _fake_slope(
+    x: Tensor, weight: Tensor, target: Tensor, known: list[Tensor], ignore_index: int, of_slope: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    nll, lse, slope = _fake(x, weight, target, ignore_index, True)
+    return nll, slope, lse
+
+
+slope_operator = Operator(
+    name="linear_ce_slope",
+    inputs={"x": "Tensor", "weight": "Tensor", "target": "Tensor", "known": "Tensor[]"},
+    params={"ignore_index": "int", "of_slope": "bool"},
+    outputs={"nll": "Tensor", "slope": "Tensor"},
+    saved={"lse": "Tensor"},
+    differentiable=("x", "weight"),
+    fake=_fake_slope,
+    kernels={
+        "reference": {"forward": reference.slope_forward, "backward": reference.slope_backward},
+        "cpu": {"forward": cpu.slope_forward, "backward": cpu.slope_backward},
+        "triton": {"forward": triton.slope_forward, "backward": triton.slope_backward},
+    },
+    refusals=operator.refusals,
+    keeps=("slope",),
+)
+"""The loss of every row together with its slope, both differentiable once.
+
+What `operator` does in two orders, for a caller that needs the gradient in x itself (an inner step): the derivatives of
+both results share products. `known` is empty, or nll, slope and lse of an earlier call with the same values, which are
+then not computed again; without `of_slope` the slope counts as a constant.
+"""
+
+
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,

@@ -5,7 +5,7 @@ Products are torch's BLAS; what is done to the logits of a block is a backend's 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -228,21 +228,98 @@ def double_backward(
     if not any(needs[1:]):
         return to_d_nll, None, None
 
-    mean = rise + at_own
     to_x = None
     if needs[1]:
         to_x = x.new_zeros(x.shape, dtype=wide) if turn is None else turn.mul_(d[:, None])
     to_weight = weight.new_empty(weight.shape) if needs[2] else None
+    rows = _Rows(own, lse, rise + at_own, d)
     for block in _logits(memory):
         of_b = None if g_weight is None else second.weights(g_weight, block.part)
         along = _tangents(second, block, a, of_b)
-        passes.second(block, along, own, lse, mean, d)
-        if to_x is not None:
-            accumulate(to_x, along.factor, block.weight)
-        if to_weight is not None:
-            pairs = [(along.factor, memory.x)] + ([] if a is None else [(block.factor, a)])
-            _product_rows(to_weight, block.part, *pairs)
+        _second_products(passes, block, along, rows, to_x, to_weight, memory.x, a)
     return to_d_nll, None if to_x is None else to_x.to(x.dtype), to_weight
+
+
+def slope_forward(
+    passes: Passes,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    known: Sequence[Tensor],
+    ignore_index: int,
+    of_slope: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.slope_forward`."""
+    if known:
+        nll, slope, lse = (t.clone() for t in known)
+        return nll, slope, lse
+    nll, lse, slope = forward(passes, x, weight, target, ignore_index, True)
+    return nll, slope, lse
+
+
+def slope_backward(
+    passes: Passes,
+    d_nll: Tensor,
+    d_slope: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    known: Sequence[Tensor],
+    slope: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    of_slope: bool,
+    needs: Sequence[bool],
+) -> tuple[Optional, Optional]:
+    """As `reference.slope_backward`, with five products: logits, their tangent, x's cotangent and two of W's.
+
+    With c for d_nll and a for d_slope, what c adds to x's cotangent is c g, and what it adds to W's is
+    (P - Y)^T c x, which is part of the product (P - Y)^T (a + c x).
+    """
+    if not of_slope:
+        return backward(passes, d_nll, x, weight, target, lse, slope, ignore_index, True, needs)
+    wide = compute_dtype(x.dtype)
+    own, lse = _own(target, weight.shape[0]), lse.contiguous()
+    counts = (target != ignore_index).to(wide)
+    of_a, of_c = d_slope.to(wide), (d_nll.to(wide) * counts)[:, None]
+    mean = (of_a * (slope + _own_rows(weight, own, x))).sum(1)
+    a = operand(d_slope.to(x.dtype))
+    right = operand((of_a + of_c * x).to(x.dtype)) if needs[1] else None
+    to_x = of_c * slope if needs[0] else None
+    to_weight = weight.new_empty(weight.shape) if needs[1] else None
+    rows, memory, second = _Rows(own, lse, mean, counts), _Memory(x, weight), _Memory(x, weight)
+    for block in _logits(memory):
+        along = _tangents(second, block, a, None)
+        _second_products(passes, block, along, rows, to_x, to_weight, memory.x, right)
+    return None if to_x is None else to_x.to(x.dtype), to_weight
+
+
+class _Rows(NamedTuple):
+    """What a pass of the second order needs of every row, (N,) each; see `Passes.second`."""
+
+    own: Tensor
+    lse: Tensor
+    mean: Tensor
+    d: Tensor
+
+
+def _second_products(
+    passes: Passes,
+    block: Block,
+    along: Block,
+    rows: _Rows,
+    to_x: Optional,
+    to_weight: Optional,
+    x: Tensor,
+    right: Optional,
+) -> None:
+    """Adds a block's q W to `to_x`, and writes its rows of q^T x + dl^T right to `to_weight`."""
+    passes.second(block, along, *rows)
+    if to_x is not None:
+        accumulate(to_x, along.factor, block.weight)
+    if to_weight is not None:
+        pairs = [(along.factor, x)] + ([] if right is None else [(block.factor, right)])
+        _product_rows(to_weight, block.part, *pairs)
 
 
 def _product_rows(out: Tensor, part: slice, *pairs: tuple[Tensor, Tensor]) -> None:

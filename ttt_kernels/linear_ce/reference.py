@@ -142,3 +142,34 @@ def double_backward(
         None if to_x is None else to_x.to(x.dtype),
         torch.cat(to_weight) if needs[2] else None,
     )
+
+
+def slope_forward(
+    x: Tensor, weight: Tensor, target: Tensor, known: Sequence[Tensor], ignore_index: int, of_slope: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns nll (N,), the slope (N, d) and lse (N,), from their formulas whatever is known."""
+    nll, lse, slope = forward(x, weight, target, ignore_index, True)
+    return nll, slope if of_slope else slope.detach(), lse
+
+
+def slope_backward(
+    d_nll: Tensor,
+    d_slope: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    known: Sequence[Tensor],
+    slope: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    of_slope: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Cotangents of x and W: those of the losses by `backward`, those of the slope by `double_backward`."""
+    given = (x, weight, target, lse, slope, ignore_index, True)
+    first = backward(d_nll, *given, needs)
+    if not of_slope:
+        return first
+    second = double_backward(d_slope.to(x.dtype), None, torch.ones_like(d_nll), *given, (False, *needs))[1:]
+    to_x, to_weight = (None if a is None else total(a, b) for a, b in zip(first, second, strict=True))
+    return to_x, to_weight

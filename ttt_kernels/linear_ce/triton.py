@@ -67,3 +67,5 @@ class _Passes:
 forward: Kernel = partial(blockwise.forward, _Passes())
 backward: Kernel = partial(blockwise.backward, _Passes())
 double_backward: Kernel = partial(blockwise.double_backward, _Passes())
+slope_forward: Kernel = partial(blockwise.slope_forward, _Passes())
+slope_backward: Kernel = partial(blockwise.slope_backward, _Passes())

@@ -1,12 +1,14 @@
 """The gated MLP: (silu(x Wg^T) * (x Wu^T)) Wd^T."""
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from ttt_kernels import checks, tangents
 from ttt_kernels.backends import refuse_on_cpu, refuse_on_triton
 from ttt_kernels.jvp import twin
-from ttt_kernels.registry import Operator
-from ttt_kernels.swiglu import cpu, reference, triton
+from ttt_kernels.registry import Kernel, Operator
+from ttt_kernels.swiglu import cpu, products, reference, triton
 
 
 def _fake(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,6 +40,27 @@ operator = Operator(
     refusals={"cpu": refuse_on_cpu, "triton": refuse_on_triton},
 )
 jvp_operator = twin(operator)
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A backend's backward that leaves the weights' gradients as products of thin matrices over the tokens.
+
+    Attributes:
+        backward: `(dy, x, w_gate, w_up, w_down, gate, up, of_input) -> (dx or None, Factors)`.
+        weight_gradients: `(Factors, w_gate, w_up, w_down) -> gradients`, of the bits that `operator.backward` gives;
+            of the weights it reads shapes and dtypes.
+    """
+
+    backward: Kernel
+    weight_gradients: Kernel
+
+
+FACTORED = {
+    "reference": Factored(reference.factored_backward, reference.weight_gradients),
+    "cpu": Factored(cpu.factored_backward, products.weight_gradients),
+    "triton": Factored(triton.factored_backward, products.weight_gradients),
+}
 
 
 def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, backend: str | None = None) -> Tensor:

@@ -62,3 +62,4 @@ class _Passes:
 forward: Kernel = partial(products.forward, _Passes())
 backward: Kernel = partial(products.backward, _Passes())
 double_backward: Kernel = partial(products.double_backward, _Passes())
+factored_backward: Kernel = partial(products.factored_backward, _Passes())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ttt_kernels.matmul import operand, sum_of_products
-from ttt_kernels.swiglu.reference import Gradients, matrices
+from ttt_kernels.swiglu.reference import Factors, Gradients, matrices
 
 Optional = Tensor | None
 
@@ -97,6 +97,37 @@ def backward(
     needs: Sequence[bool],
 ) -> Gradients:
     """As `reference.backward`."""
+    dx, factors = _backward(passes, dy, x, w_gate, w_up, w_down, gate, up, needs)
+    return dx, *weight_gradients(factors, w_gate, w_up, w_down, needs[1:])
+
+
+def factored_backward(
+    passes: Passes,
+    dy: Tensor,
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    of_input: bool,
+) -> tuple[Optional, Factors]:
+    """As `reference.factored_backward`."""
+    return _backward(passes, dy, x, w_gate, w_up, w_down, gate, up, (of_input, True, True, True))
+
+
+def _backward(
+    passes: Passes,
+    dy: Tensor,
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Optional, Factors]:
+    """dx, and what the weights' gradients are products of, as far as they are wanted."""
     dy_, x_, gate_, up_ = matrices(w_gate, dy, x, gate.contiguous(), up.contiguous())
     dy_, x_ = operand(dy_), operand(x_)
     d_hidden = None
@@ -104,20 +135,23 @@ def backward(
         d_hidden = torch.matmul(dy_, operand(w_down.to(x.dtype))).contiguous()
     wanted = (needs[0] or needs[1], needs[0] or needs[2], needs[3])
     d_gate, d_up, hidden = passes.backward(gate_, up_, d_hidden, dy_, wanted)
-
-    dx = d_w_gate = d_w_up = d_w_down = None
+    dx = None
     if needs[0]:
         total = sum_of_products((d_gate, _operand(w_gate, x)), (d_up, _operand(w_up, x)))
         dx = _given(total, x.dtype, x.shape)
-    if needs[1]:
-        d_w_gate = _given(
-            sum_of_products((_transposed(d_gate), x_), dtype=w_gate.dtype), w_gate.dtype, w_gate.shape
-        )
-    if needs[2]:
-        d_w_up = _given(sum_of_products((_transposed(d_up), x_), dtype=w_up.dtype), w_up.dtype, w_up.shape)
-    if needs[3]:
-        d_w_down = _given(sum_of_products((dy_.mT, hidden), dtype=w_down.dtype), w_down.dtype, w_down.shape)
-    return dx, d_w_gate, d_w_up, d_w_down
+    return dx, Factors(dy_, x_, d_gate, d_up, hidden)
+
+
+def weight_gradients(
+    factors: Factors, w_gate: Tensor, w_up: Tensor, w_down: Tensor, needs: Sequence[bool] = (True, True, True)
+) -> tuple[Optional, Optional, Optional]:
+    """dWg = dG^T x, dWu = dU^T x, dWd = dy^T H, those that are wanted, in the weights' dtypes and shapes."""
+    dy, x, d_gate, d_up, hidden = factors
+    pairs = ((d_gate, x), (d_up, x), (dy, hidden))
+    return tuple(  # type: ignore[return-value]
+        _given(sum_of_products((_transposed(left), right), dtype=w.dtype), w.dtype, w.shape) if need else None
+        for (left, right), w, need in zip(pairs, (w_gate, w_up, w_down), needs, strict=True)
+    )
 
 
 def double_backward(

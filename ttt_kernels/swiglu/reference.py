@@ -5,6 +5,7 @@ Forward: G = x Wg^T, U = x Wu^T, H = S U with S = silu(G), y = H Wd^T. A prime i
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,19 @@ from ttt_kernels.matmul import mm
 from ttt_kernels.tangents import product, total, transposed
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class Factors(NamedTuple):
+    """What the weights' gradients are products of, over the tokens: dG^T x, dU^T x and dy^T H.
+
+    Matrices (N, .), or batches of them (B, T, .) with weights for each sequence; None where nobody wants it.
+    """
+
+    dy: Tensor
+    x: Tensor
+    d_gate: Tensor | None
+    d_up: Tensor | None
+    hidden: Tensor | None
 
 
 def wide(t: Tensor) -> Tensor:
@@ -51,16 +65,39 @@ def backward(
     needs: Sequence[bool],
 ) -> Gradients:
     """dH = dy Wd, dG = dH U S', dU = dH S; dx = dG Wg + dU Wu, dWg = dG^T x, dWu = dU^T x, dWd = dy^T H."""
+    dx, factors = factored_backward(dy, x, w_gate, w_up, w_down, gate, up, needs[0])
+    return dx, *weight_gradients(factors, w_gate, w_up, w_down, needs[1:])
+
+
+def factored_backward(
+    dy: Tensor,
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    of_input: bool,
+) -> tuple[Tensor | None, Factors]:
+    """dx where it is wanted, and the weights' gradients as factors, for `weight_gradients`."""
     dy_, x_, gate_, up_ = matrices(w_gate, dy, x, gate, up)
     silu, slope, _ = silu_derivatives(wide(gate_))
     d_hidden = mm(dy_, w_down, torch.promote_types(x.dtype, torch.float32))
     d_gate, d_up = (d_hidden * wide(up_) * slope).to(x.dtype), (d_hidden * silu).to(x.dtype)
     hidden = (silu * wide(up_)).to(x.dtype)
+    dx = (mm(d_gate, w_gate) + mm(d_up, w_up)).reshape(x.shape) if of_input else None
+    return dx, Factors(dy_, x_, d_gate, d_up, hidden)
+
+
+def weight_gradients(
+    factors: Factors, w_gate: Tensor, w_up: Tensor, w_down: Tensor, needs: Sequence[bool] = (True, True, True)
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dWg = dG^T x, dWu = dU^T x and dWd = dy^T H, those that are wanted."""
+    dy, x, d_gate, d_up, hidden = factors
     return (
-        (mm(d_gate, w_gate) + mm(d_up, w_up)).reshape(x.shape) if needs[0] else None,
-        mm(d_gate.mT, x_, w_gate.dtype) if needs[1] else None,
-        mm(d_up.mT, x_, w_up.dtype) if needs[2] else None,
-        mm(dy_.mT, hidden, w_down.dtype) if needs[3] else None,
+        product(transposed(d_gate), x, w_gate.dtype) if needs[0] else None,
+        product(transposed(d_up), x, w_up.dtype) if needs[1] else None,
+        product(transposed(dy), hidden, w_down.dtype) if needs[2] else None,
     )
 
 

@@ -137,3 +137,4 @@ class _Passes:
 forward = partial(products.forward, _Passes())
 backward = partial(products.backward, _Passes())
 double_backward = partial(products.double_backward, _Passes())
+factored_backward = partial(products.factored_backward, _Passes())
