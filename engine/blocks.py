@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.ops import Ops
 from engine.weights import BlockWeights, MLPWeights
+from ttt_kernels.swiglu.reference import Factors
 
 
 class Cache(Protocol):
@@ -114,12 +115,18 @@ def mlp_backward(
     *,
     of_input: bool,
     of_weights: bool,
+    kept: list[Factors] | None = None,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Gradients of the branch's input and of its matrices, those that are wanted."""
+    """Gradients of the branch's input and of its matrices, those that are wanted; `kept` takes the latter's factors."""
     dy = ops.norm_backward(dx, tape.y, w.post_norm, tape.post_rstd)
-    dh, *grads = ops.mlp_backward(
-        dy, tape.h, matrices, tape.gate, tape.up, of_input=of_input, of_weights=of_weights
-    )
+    arguments = (dy, tape.h, matrices, tape.gate, tape.up)
+    grads: Sequence[Tensor | None]
+    if kept is None:
+        dh, *grads = ops.mlp_backward(*arguments, of_input=of_input, of_weights=of_weights)
+    else:
+        dh, factors = ops.mlp_backward_factored(*arguments, of_input=of_input)
+        grads = ops.mlp_gradients(factors, matrices)
+        kept.append(factors)
     if dh is not None:
         dh = dx + ops.norm_backward(dh, tape.x, w.norm, tape.rstd)
     return dh, [g for g in grads if g is not None]
@@ -175,8 +182,12 @@ def suffix_backward(
     tapes: Sequence[SuffixTape],
     dx: Tensor,
     window: int | None,
+    kept: list[Factors] | None = None,
 ) -> list[Tensor]:
-    """Gradients of all fast matrices, block by block (gate, up, down), from that of the suffix's output."""
+    """Gradients of all fast matrices, block by block (gate, up, down), from that of the suffix's output.
+
+    `kept` takes what they are products of, last block first; only where no graph is built.
+    """
     grads: list[list[Tensor]] = []
     for index in reversed(range(len(blocks))):
         w, tape = blocks[index], tapes[index]
@@ -185,7 +196,7 @@ def suffix_backward(
         assert through is not None
         # Below the first fast MLP there is nothing that the inner loop trains.
         below, block_grads = mlp_backward(
-            ops, w.fast, fast[index], tape.fast, through, of_input=index > 0, of_weights=True
+            ops, w.fast, fast[index], tape.fast, through, of_input=index > 0, of_weights=True, kept=kept
         )
         grads.append(block_grads)
         if below is not None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from engine.blocks import Cache, SuffixTape, suffix_backward, suffix_forward
 from engine.config import TTTConfig
 from engine.ops import IGNORED, Ops
-from engine.weights import Fast, Weights
+from engine.weights import Fast, SuffixWeights
+from ttt_kernels.swiglu.reference import Factors
 
 
 class FastWeights(NamedTuple):
@@ -32,13 +33,15 @@ class FastWeights(NamedTuple):
 class Forward(NamedTuple):
     """A mini-batch read but not yet learnt from.
 
-    nll: (B, b) unmasked, 0 where the target is not known yet. hidden: (B, b, d), outputs of the final norm.
-    d_hidden: gradient of the sum of the counted nll. The rest is what the backward needs.
+    nll: (B, b) unmasked, 0 where the target is not known yet. slope: (B, b, d), the gradient of each nll in its row
+    of hidden. lse: (B, b), log-sum-exp of the logits. hidden: (B, b, d), outputs of the final norm. The rest is what
+    the backward needs.
     """
 
     nll: Tensor
+    slope: Tensor
+    lse: Tensor
     hidden: Tensor
-    d_hidden: Tensor
     out: Tensor
     rstd: Tensor
     tapes: list[SuffixTape]
@@ -69,12 +72,15 @@ def masked_mean(nll: Tensor, targets: Tensor, config: TTTConfig) -> Tensor:
 def inner_forward(
     ops: Ops,
     config: TTTConfig,
-    weights: Weights,
+    weights: SuffixWeights,
     fast: FastWeights,
     x: Tensor,
     positions: Tensor,
     targets: Tensor,
     caches: Sequence[Cache],
+    known: Sequence[Tensor] = (),
+    *,
+    learns: bool = True,
 ) -> Forward:
     """Reads one mini-batch through the suffix blocks and the head.
 
@@ -83,40 +89,44 @@ def inner_forward(
         positions: (b,) int64.
         targets: (B, b) int64, the next tokens; `IGNORED` where one has not arrived yet.
         caches: keys and values of the mini-batches before, one per suffix block; extended by this one.
+        known: nll, slope and lse where the same mini-batch was read before, which spares the head's products.
+        learns: whether `inner_gradient` follows; without it the slope is a constant.
     """
     out, tapes = suffix_forward(ops, weights.suffix, fast.copies, x, positions, caches, config.window)
     hidden, rstd = ops.norm(out, weights.final_norm)
-    counts = counted(targets, config)
-    nll, saved = ops.nll(hidden, weights.head, targets, for_backward=True)
-    d_hidden = ops.nll_backward(counts.to(nll.dtype), hidden, weights.head, targets, saved)
-    return Forward(nll, hidden, d_hidden, out, rstd, tapes)
+    nll, slope, lse = ops.nll_and_slope(hidden, weights.head, targets, known, of_slope=learns)
+    return Forward(nll, slope, lse, hidden, out, rstd, tapes)
 
 
-def with_last_target(ops: Ops, config: TTTConfig, weights: Weights, read: Forward, target: Tensor) -> Forward:
+def with_last_target(ops: Ops, weights: SuffixWeights, read: Forward, target: Tensor) -> Forward:
     """`read` with the target (B,) of its last token, which was not known yet; builds no graph."""
-    last = read.hidden[:, -1:]
-    counts = counted(target[:, None], config)
-    nll, saved = ops.nll(last, weights.head, target[:, None], for_backward=True)
-    d_last = ops.nll_backward(counts, last, weights.head, target[:, None], saved)
-    return read._replace(
-        nll=torch.cat((read.nll[:, :-1], nll), 1), d_hidden=torch.cat((read.d_hidden[:, :-1], d_last), 1)
-    )
+    last = ops.nll_and_slope(read.hidden[:, -1:], weights.head, target[:, None])
+    nll, slope, lse = (torch.cat((a[:, :-1], b), 1) for a, b in zip(read[:3], last, strict=True))
+    return read._replace(nll=nll, slope=slope, lse=lse)
 
 
 def inner_gradient(
-    ops: Ops, config: TTTConfig, weights: Weights, fast: FastWeights, read: Forward, targets: Tensor
+    ops: Ops,
+    config: TTTConfig,
+    weights: SuffixWeights,
+    fast: FastWeights,
+    read: Forward,
+    targets: Tensor,
+    kept: list[Factors] | None = None,
 ) -> list[Tensor]:
     """Gradient of the masked mean of a mini-batch's next-token losses, for each sequence its own.
+
+    `kept` takes the factors of the gradients, last block first; only where no graph is built.
 
     Returns:
         Those of all fast matrices in the masters' dtype, block by block (gate, up, down), (B, ...) each.
         Differentiable with respect to everything where a graph is recorded.
     """
-    wide = torch.promote_types(read.d_hidden.dtype, torch.float32)
-    total = counted(targets, config).sum(-1).clamp_min(1.0).to(wide)
-    d_hidden = read.d_hidden * (1.0 / total)[:, None, None].to(read.d_hidden.dtype)
+    counts = counted(targets, config).to(read.slope.dtype)
+    share = counts / counts.sum(-1, keepdim=True).clamp_min(1.0)
+    d_hidden = (read.slope * share[..., None]).to(read.hidden.dtype)
     d_out = ops.norm_backward(d_hidden, read.out, weights.final_norm, read.rstd)
-    grads = suffix_backward(ops, weights.suffix, fast.copies, read.tapes, d_out, config.window)
+    grads = suffix_backward(ops, weights.suffix, fast.copies, read.tapes, d_out, config.window, kept)
     return [g.to(m.dtype) for g, m in zip(grads, flat(fast.masters), strict=True)]
 
 
@@ -133,11 +143,11 @@ def inner_update(
 class InnerStep(NamedTuple):
     """One mini-batch read and learnt from.
 
-    nll: (B, b) unmasked, from the weights before the step. fast: the weights after it. grads: those of all fast
-    matrices, block by block (gate, up, down), before clipping. norm: (B,) of grads.
+    read: what it gave before the step. fast: the weights after it. grads: those of all fast matrices, block by
+    block (gate, up, down), before clipping. norm: (B,) of grads.
     """
 
-    nll: Tensor
+    read: Forward
     fast: FastWeights
     grads: list[Tensor]
     norm: Tensor
@@ -146,24 +156,28 @@ class InnerStep(NamedTuple):
 def inner_step(
     ops: Ops,
     config: TTTConfig,
-    weights: Weights,
+    weights: SuffixWeights,
     fast: FastWeights,
     x: Tensor,
     positions: Tensor,
     targets: Tensor,
     caches: Sequence[Cache],
     lr: float,
+    known: Sequence[Tensor] = (),
+    kept: list[Factors] | None = None,
 ) -> InnerStep:
-    """From the prefix blocks' outputs (B, b, d) to new fast weights; arguments as of `inner_forward`.
+    """From the prefix blocks' outputs (B, b, d) to new fast weights.
+
+    Arguments are those of `inner_forward`, `inner_gradient` and `inner_update`.
 
     Of all weights only the fast ones' gradients are computed, and no hidden state's below the first fast MLP. Beside
     its results it holds the intermediates of this mini-batch. Where a graph is recorded it is differentiable with
     respect to everything.
     """
-    read = inner_forward(ops, config, weights, fast, x, positions, targets, caches)
-    grads = inner_gradient(ops, config, weights, fast, read, targets)
+    read = inner_forward(ops, config, weights, fast, x, positions, targets, caches, known)
+    grads = inner_gradient(ops, config, weights, fast, read, targets, kept)
     new, norm = inner_update(ops, config, fast, grads, lr)
-    return InnerStep(read.nll, new, grads, norm)
+    return InnerStep(read, new, grads, norm)
 
 
 def inner_update_(ops: Ops, config: TTTConfig, fast: FastWeights, grads: Sequence[Tensor], lr: float) -> None:

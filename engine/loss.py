@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from engine import checks
-from engine.blocks import prefix_forward
-from engine.inner import (
-    FastWeights,
-    by_block,
-    inner_step,
-    learning_rate,
-    masked_mean,
-)
+from engine.blocks import attention_forward, mlp_forward
+from engine.config import TTTConfig
+from engine.inner import learning_rate, masked_mean
 from engine.ops import Ops
 from engine.profiling import stage
-from engine.weights import Fast, Weights, collect, initial_fast
+from engine.recorded import recorded
+from engine.recovery import Recovery, Rollback, Snapshots
+from engine.through_time import Loop, run
+from engine.weights import (
+    BlockWeights,
+    Fast,
+    converted,
+    initial_fast,
+    stored,
+    suffix_of,
+)
 
 if TYPE_CHECKING:
     from engine.model import TTTModel
+
+Method = Literal["snapshots", "rollback", "graph"]
+METHODS: tuple[Method, ...] = ("snapshots", "rollback", "graph")
 
 
 class LossOutput(NamedTuple):
@@ -40,39 +50,94 @@ class LossOutput(NamedTuple):
     prefix_output: Tensor
 
 
-class GrowingCache:
-    """Keys and values as a graph needs them: never written in place, those outside the window dropped."""
-
-    def __init__(self, window: int | None) -> None:
-        self._window = window
-        self._past: tuple[Tensor, Tensor] | None = None
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """See `engine.blocks.Cache`."""
-        if self._past is not None:
-            k, v = torch.cat((self._past[0], k), 1), torch.cat((self._past[1], v), 1)
-        start = 0 if self._window is None else max(0, k.shape[1] - self._window + 1)
-        self._past = (k[:, start:], v[:, start:])
-        return k, v
-
-
 def loss(
     model: TTTModel,
     tokens: Tensor,
     step: int | None = None,
+    *,
     backend: str | None = None,
+    method: Method = "snapshots",
+    snapshot_every: int = 1,
+    truncate_steps: int | None = None,
+    checkpoint_blocks: bool = True,
     keep_inner_grads: int = 0,
 ) -> LossOutput:
     """Mean over mini-batches of the masked mean loss before each inner step; see `TTTModel.loss`.
 
     Args:
-        tokens: (B, T + 1) int64, T a multiple of the mini-batch size (any T without fast weights).
-        step: outer training step, for the warm-up of the inner rate; None in evaluation.
         keep_inner_grads: of how many first steps the inner gradients are returned.
-
-    Raises:
-        ValueError: unsuitable tokens, a negative step, or a backend that cannot serve.
     """
+    config = model.config
+    _check(model, tokens, step, method, snapshot_every, truncate_steps)
+    tokens = tokens.long()
+    ops = Ops(model, backend)
+    weights = stored(model)
+    targets = tokens[:, 1:]
+    positions = torch.arange(targets.shape[1], device=tokens.device)
+    x = torch.nn.functional.embedding(tokens[:, :-1], weights.embed).to(config.torch_dtype)
+    with stage("prefix"):
+        x = _prefix(
+            ops, config, converted(weights, config.torch_dtype).prefix, x, positions, checkpoint_blocks
+        )
+    suffix = suffix_of(weights)
+    if not config.suffix_layers:
+        hidden, _ = ops.norm(x, suffix.final_norm)
+        nll = ops.nll(hidden, suffix.head.to(config.torch_dtype), targets)
+        norms = nll.new_empty(len(tokens), 0)
+        return LossOutput(masked_mean(nll, targets, config).mean(), nll, (), norms, [], x)
+
+    def recovery() -> Recovery:
+        return Rollback(ops, lr, config.inner_clip) if method == "rollback" else Snapshots(snapshot_every)
+
+    lr = learning_rate(config, step)
+    masters = initial_fast(model, len(tokens))
+    loop = Loop(ops, config, suffix, positions, targets, lr, recovery, truncate_steps, keep_inner_grads)
+    nll, fast = recorded(loop, x, masters) if method == "graph" else run(loop, x, masters)
+    # (B, steps, b): a mini-batch counts as much as another, whatever it has of targets that count.
+    shape = (len(tokens), -1, config.mini_batch_size)
+    mean = masked_mean(nll.view(shape), targets.reshape(shape), config).mean()
+    return LossOutput(mean, nll, fast, torch.stack(loop.norms, 1), loop.inner_grads, x)
+
+
+class _NoCache:
+    """Of a sequence that is read whole there is nothing before."""
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """See `engine.blocks.Cache`."""
+        return k, v
+
+
+def _prefix(
+    ops: Ops,
+    config: TTTConfig,
+    blocks: Sequence[BlockWeights],
+    x: Tensor,
+    positions: Tensor,
+    checkpoint_blocks: bool,
+) -> Tensor:
+    """x (B, T, d) through blocks without fast weights; with `checkpoint_blocks` a graph keeps their inputs only."""
+
+    def block(x: Tensor, w: BlockWeights) -> Tensor:
+        x, _ = attention_forward(ops, w, x, positions, _NoCache(), config.window, for_backward=False)
+        x, _ = mlp_forward(ops, w.mlp, w.mlp.matrices, x)
+        return x
+
+    for w in blocks:
+        if checkpoint_blocks and torch.is_grad_enabled():
+            x = checkpoint(block, x, w, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = block(x, w)
+    return x
+
+
+def _check(
+    model: TTTModel,
+    tokens: Tensor,
+    step: int | None,
+    method: str,
+    snapshot_every: int,
+    truncate_steps: int | None,
+) -> None:
     config = model.config
     checks.tokens("loss", tokens, config, model.final_norm.device)
     length = tokens.shape[1] - 1
@@ -83,52 +148,11 @@ def loss(
         )
     if step is not None and step < 0:
         raise ValueError(f"loss: step is {step}; accepted are None and integers of at least 0")
-    tokens = tokens.long()
-    ops = Ops(model, backend)
-    weights = collect(model)
-    targets = tokens[:, 1:]
-    positions = torch.arange(length, device=tokens.device)
-    x = torch.nn.functional.embedding(tokens[:, :-1], weights.embed)
-    with stage("prefix"):
-        caches = [GrowingCache(config.window) for _ in weights.prefix]
-        x = prefix_forward(ops, weights.prefix, x, positions, caches, config.window)
-    if not config.suffix_layers:
-        hidden, _ = ops.norm(x, weights.final_norm)
-        nll, _ = ops.nll(hidden, weights.head, targets)
-        norms = nll.new_empty(len(tokens), 0)
-        return LossOutput(masked_mean(nll, targets, config).mean(), nll, (), norms, [], x)
-    return _inner_loop(
-        model, ops, weights, x, positions, targets, learning_rate(config, step), keep_inner_grads
-    )
-
-
-def _inner_loop(
-    model: TTTModel,
-    ops: Ops,
-    weights: Weights,
-    x: Tensor,
-    positions: Tensor,
-    targets: Tensor,
-    lr: float,
-    keep_inner_grads: int,
-) -> LossOutput:
-    config = model.config
-    size = config.mini_batch_size
-    fast = FastWeights.of(initial_fast(model, len(targets)), config)
-    caches = [GrowingCache(config.window) for _ in weights.suffix]
-    nlls, norms, losses = [], [], []
-    kept: list[Fast] = []
-    for start in range(0, targets.shape[1], size):
-        part = slice(start, start + size)
-        known = targets[:, part]
-        with stage("inner step"):
-            step = inner_step(ops, config, weights, fast, x[:, part], positions[part], known, caches, lr)
-        fast = step.fast
-        nlls.append(step.nll)
-        losses.append(masked_mean(step.nll, known, config).mean())
-        norms.append(step.norm.detach())
-        if len(kept) < keep_inner_grads:
-            kept.append(by_block([g.detach() for g in step.grads]))
-    return LossOutput(
-        torch.stack(losses).mean(), torch.cat(nlls, 1), fast.masters, torch.stack(norms, 1), kept, x
-    )
+    if method not in METHODS:
+        raise ValueError(f"loss: method is {method!r}; accepted are {', '.join(METHODS)}")
+    if snapshot_every < 1:
+        raise ValueError(f"loss: snapshot_every is {snapshot_every}; accepted are integers of at least 1")
+    if truncate_steps is not None and truncate_steps < 1:
+        raise ValueError(
+            f"loss: truncate_steps is {truncate_steps}; accepted are None and integers of at least 1"
+        )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from engine.config import DTYPES, TTTConfig
 
 if TYPE_CHECKING:
-    from engine.loss import LossOutput
+    from engine.loss import LossOutput, Method
     from engine.prefill import PrefillOutput
     from engine.state import State
 
@@ -125,14 +125,48 @@ class TTTModel(nn.Module):
         """How many numbers the model has, those of its fast MLPs included; tied embeddings count once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def loss(self, tokens: Tensor, step: int | None = None, *, backend: str | None = None) -> LossOutput:
-        """The meta-objective over `tokens` (B, T+1) int64: differentiable `loss` (0-dim) and `nll` (B, T).
+    def loss(
+        self,
+        tokens: Tensor,
+        step: int | None = None,
+        *,
+        backend: str | None = None,
+        method: Method = "snapshots",
+        snapshot_every: int = 1,
+        truncate_steps: int | None = None,
+        checkpoint_blocks: bool = True,
+    ) -> LossOutput:
+        """The meta-objective over `tokens`: differentiable `loss` (0-dim) and `nll` (B, T), the latter unmasked.
 
-        `step` is the outer training step, for the warm-up of the inner rate; None (evaluation) is full rate.
+        The loss is the mean over mini-batches of the mean of their counted targets before the inner step (section
+        2.2 of arXiv 2512.23675); its gradient goes through every step, clipping included.
+
+        Args:
+            tokens: (B, T + 1) int64, T a multiple of the mini-batch size (any T without fast weights).
+            step: the outer training step, for the warm-up of the inner rate; None (evaluation) is full rate.
+            backend: None for the best that can run, or a backend's name.
+            method: how the gradient gets at the fast weights of every step: "snapshots" keeps those before every
+                `snapshot_every`-th and makes the others again, "rollback" rolls them backwards by the factors of
+                every step's gradient, "graph" keeps all that was computed.
+            truncate_steps: the gradient does not go from one stretch of so many inner steps to the stretch before
+                through the fast weights (it does through attention); None: all the way.
+            checkpoint_blocks: keep only their inputs of the blocks before the fast ones, and compute them again.
+
+        Raises:
+            ValueError: unsuitable tokens, a negative step, an unknown method, or a backend that cannot serve.
         """
         from engine.loss import loss
 
-        return loss(self, tokens, step, backend)
+        return loss(
+            self,
+            tokens,
+            step,
+            backend=backend,
+            method=method,
+            snapshot_every=snapshot_every,
+            truncate_steps=truncate_steps,
+            checkpoint_blocks=checkpoint_blocks,
+        )
 
     def init_state(self, batch_size: int = 1) -> State:
         """The state of `batch_size` sequences of which nothing has been read yet."""

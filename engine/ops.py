@@ -17,11 +17,14 @@ from ttt_kernels import matmul
 from ttt_kernels.clipped_sgd import operator as clipped_sgd
 from ttt_kernels.clipped_sgd.update import update_
 from ttt_kernels.linear_ce import operator as linear_ce
+from ttt_kernels.linear_ce import slope_operator as linear_ce_slope
 from ttt_kernels.rms_norm import operator as rms_norm
 from ttt_kernels.rope import operator as rope
 from ttt_kernels.swa import operator as swa
 from ttt_kernels.swa.rest import recorded
+from ttt_kernels.swiglu import FACTORED
 from ttt_kernels.swiglu import operator as swiglu
+from ttt_kernels.swiglu.reference import Factors
 
 if TYPE_CHECKING:
     from engine.model import TTTModel
@@ -41,6 +44,11 @@ class Ops:
         self._eps = config.norm_eps
         self._theta = config.rope_theta
         self._scale = config.head_dim**-0.5
+
+    @property
+    def takes_known(self) -> bool:
+        """Whether `nll_and_slope` takes known results."""
+        return self._backend["linear_ce"] != "reference"
 
     def norm(self, x: Tensor, weight: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """RMSNorm over the last dimension, plus the residual; also its reciprocal root mean squares."""
@@ -99,6 +107,26 @@ class Ops:
         needs = (of_input, of_weights, of_weights, of_weights)
         return swiglu.backward(dy, x, *matrices, gate, up, needs=needs, backend=self._backend["swiglu"])
 
+    def mlp_backward_factored(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        matrices: Sequence[Tensor],
+        gate: Tensor,
+        up: Tensor,
+        *,
+        of_input: bool,
+    ) -> tuple[Tensor | None, Factors]:
+        """Gradient of x where wanted, and those of the matrices as factors; builds no graph."""
+        backward = FACTORED[self._backend["swiglu"]].backward
+        dx, factors = backward(dy, x, *matrices, gate, up, of_input)
+        return dx, factors
+
+    def mlp_gradients(self, factors: Factors, matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of three matrices from their factors, in the matrices' shapes and dtype."""
+        gate, up, down = FACTORED[self._backend["swiglu"]].weight_gradients(factors, *matrices)
+        return gate, up, down
+
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x (..., in) times weight (out, in)."""
         return matmul.mm(x, weight.t())
@@ -107,23 +135,30 @@ class Ops:
         """Gradient of x."""
         return matmul.mm(dy, weight)
 
-    def nll(
-        self, hidden: Tensor, head: Tensor, targets: Tensor, *, for_backward: bool = False
-    ) -> tuple[Tensor, Any]:
-        """Negative log-likelihoods of targets (...) from hidden (..., d), 0 where ignored; and what backward needs."""
-        keep_slope = for_backward or (torch.is_grad_enabled() and hidden.requires_grad)
+    def nll(self, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihoods of targets (...) from hidden (..., d), 0 where ignored."""
+        keep_slope = torch.is_grad_enabled() and hidden.requires_grad
         arguments = (hidden.flatten(0, -2), head, targets.flatten(), IGNORED, keep_slope)
-        nll, *saved = linear_ce.forward(*arguments, backend=self._backend["linear_ce"])
-        return nll.view(targets.shape), saved
+        nll: Tensor = linear_ce.forward(*arguments, backend=self._backend["linear_ce"])[0]
+        return nll.view(targets.shape)
 
-    def nll_backward(
-        self, d_nll: Tensor, hidden: Tensor, head: Tensor, targets: Tensor, saved: Any
-    ) -> Tensor:
-        """Gradient of hidden; without a product, because forward has made it."""
-        arguments = (d_nll.flatten(), hidden.flatten(0, -2), head, targets.flatten(), *saved, IGNORED, True)
-        backend = self._backend["linear_ce"]
-        d_hidden = linear_ce.backward(*arguments, needs=(True, False), backend=backend)[0]
-        return d_hidden.view(hidden.shape)
+    def nll_and_slope(
+        self,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        known: Sequence[Tensor] = (),
+        *,
+        of_slope: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `nll`; also each one's gradient with respect to its row of hidden, and the log-sum-exp of its logits.
+
+        `known` are the three from an earlier call with the same values; without `of_slope` the second is a constant.
+        """
+        flat = [t.flatten(0, 1) for t in known]
+        arguments = (hidden.flatten(0, -2), head, targets.flatten(), flat, IGNORED, of_slope)
+        nll, slope, lse = linear_ce_slope.forward(*arguments, backend=self._backend["linear_ce"])
+        return nll.view(targets.shape), slope.view(hidden.shape), lse.view(targets.shape)
 
     def update(
         self,

@@ -61,8 +61,7 @@ class Reader:
         """Reads tokens (B, T), slab by slab; returns their nll."""
         nll = torch.full(tokens.shape, torch.nan, dtype=torch.float32, device=tokens.device)
         if self._state.last_hidden is not None:
-            first, _ = self._ops.nll(self._state.last_hidden[:, None], self._weights.head, tokens[:, :1])
-            nll[:, :1] = first
+            nll[:, :1] = self._ops.nll(self._state.last_hidden[:, None], self._weights.head, tokens[:, :1])
         start = 0
         while start < tokens.shape[1]:
             # Up to the end of a mini-batch, so that the suffix finds whole ones in the next slab.
@@ -85,7 +84,7 @@ class Reader:
         targets = torch.cat((state.pending_tokens[:, 1:], token[:, None]), 1)
         with stage("inner step"):
             if state.read is not None:
-                read = with_last_target(self._ops, self._config, self._weights, state.read, token)
+                read = with_last_target(self._ops, self._weights, state.read, token)
             else:
                 for window in state.suffix:
                     window.drop_last(state.pending)
@@ -137,7 +136,7 @@ class Reader:
         state.last_hidden = hidden[:, -1].clone()
         if known.shape[1]:
             with stage("head"):
-                nll[:], _ = self._ops.nll(hidden[:, : known.shape[1]], self._weights.head, known)
+                nll[:] = self._ops.nll(hidden[:, : known.shape[1]], self._weights.head, known)
 
     def _read_mini_batch(self, tokens: Tensor, x: Tensor, known: Tensor, nll: Tensor) -> None:
         """Reads a whole mini-batch, and learns from it if its last target is among the `known` next tokens."""

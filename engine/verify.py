@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,19 +71,19 @@ class Results:
     prefill_fast: Fast
 
 
-def verify(case: GoldenCase, backend: str | None = None) -> list[Check]:
+def verify(case: GoldenCase, backend: str | None = None, **options: Any) -> list[Check]:
     """Runs `case` on `backend` (None: the best that can run) and compares every group of its results.
 
-    Raises `ValueError` for a backend that cannot run here.
+    `options` are those of `TTTModel.loss`. Raises `ValueError` for a backend that cannot run here.
     """
-    return compare(case, compute(case, backend))
+    return compare(case, compute(case, backend, **options))
 
 
-def compute(case: GoldenCase, backend: str | None = None) -> Results:
+def compute(case: GoldenCase, backend: str | None = None, **options: Any) -> Results:
     """Runs `case` by `loss`, its gradients included, and by `prefill`."""
     model = TTTModel(case.config)
     model.load_state_dict(case.weights)
-    out = loss(model, case.tokens, case.step, backend, keep_inner_grads=2)
+    out = loss(model, case.tokens, case.step, backend=backend, keep_inner_grads=2, **options)
     out.loss.backward()
     state = model.init_state(batch_size=1)
     nll = None

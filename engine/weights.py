@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -49,47 +51,101 @@ class BlockWeights:
 
 
 @dataclass(frozen=True)
-class Weights:
+class SuffixWeights:
+    """All that an inner step reads but the fast matrices: the last blocks, the final norm and the head."""
+
+    suffix: tuple[BlockWeights, ...]
+    final_norm: Tensor
+    head: Tensor
+
+
+@dataclass(frozen=True)
+class Weights(SuffixWeights):
     """A whole model but its fast matrices."""
 
     embed: Tensor
-    head: Tensor
-    final_norm: Tensor
     prefix: tuple[BlockWeights, ...]
-    suffix: tuple[BlockWeights, ...]
 
 
+W = TypeVar("W", bound=SuffixWeights)
 _Key = tuple[Any, ...]
 _cache: weakref.WeakKeyDictionary[TTTModel, tuple[_Key, Weights]] = weakref.WeakKeyDictionary()
 
 
 def collect(model: TTTModel) -> Weights:
     """The weights in the model's compute dtype, recorded by autograd where it is enabled."""
-    dtype = model.config.torch_dtype
+    return converted(stored(model), model.config.torch_dtype)
+
+
+def suffix_of(weights: Weights) -> SuffixWeights:
+    """The part that an inner step reads."""
+    return SuffixWeights(weights.suffix, weights.final_norm, weights.head)
+
+
+def stored(model: TTTModel) -> Weights:
+    """The parameters themselves, in the dtypes that they are kept in."""
 
     def block(b: Any) -> BlockWeights:
         return BlockWeights(
             seq_norm=b.seq_norm,
-            w_qkv=b.w_qkv.to(dtype),
+            w_qkv=b.w_qkv,
             q_norm=b.q_norm,
             k_norm=b.k_norm,
-            w_o=b.w_o.to(dtype),
+            w_o=b.w_o,
             seq_post_norm=b.seq_post_norm,
-            mlp=MLPWeights(
-                b.mlp_norm, b.mlp_post_norm, b.w_gate.to(dtype), b.w_up.to(dtype), b.w_down.to(dtype)
-            ),
+            mlp=MLPWeights(b.mlp_norm, b.mlp_post_norm, b.w_gate, b.w_up, b.w_down),
             fast=MLPWeights(b.fast_norm, b.fast_post_norm) if b.has_fast else None,
         )
 
     blocks = tuple(block(b) for b in model.blocks)
-    embed = model.embed.weight.to(dtype)
     return Weights(
-        embed=embed,
-        head=embed if model.config.tie_embeddings else model.head_weight.to(dtype),
+        embed=model.embed.weight,
+        head=model.head_weight,
         final_norm=model.final_norm,
         prefix=blocks[: model.config.prefix_layers],
         suffix=blocks[model.config.prefix_layers :],
     )
+
+
+def converted(weights: W, dtype: torch.dtype) -> W:
+    """Matrices in `dtype`; norms stay what they are. Tied embeddings are converted once."""
+    made: dict[Tensor, Tensor] = {}
+
+    def convert(t: Tensor) -> Tensor:
+        if t.dim() == 1:
+            return t
+        if t not in made:
+            made[t] = t.to(dtype)
+        return made[t]
+
+    return mapped(weights, convert)
+
+
+def mapped(weights: W, change: Callable[[Tensor], Tensor]) -> W:
+    """The same structure with other tensors; `change` sees them in a fixed order."""
+    return cast(W, _mapped(weights, change))
+
+
+def tensors(weights: SuffixWeights) -> list[Tensor]:
+    """All tensors, in the order in which `mapped` sees them."""
+    found: list[Tensor] = []
+
+    def note(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    mapped(weights, note)
+    return found
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(_mapped(v, change) for v in value)
+    if value is None:
+        return None
+    return type(value)(**{name: _mapped(v, change) for name, v in vars(value).items()})
 
 
 def for_inference(model: TTTModel) -> Weights:
@@ -97,12 +153,12 @@ def for_inference(model: TTTModel) -> Weights:
     parameters = tuple(model.parameters())
     # Tensors made in inference mode have no count of changes: nothing is kept of them.
     if any(p.is_inference() for p in parameters):
-        return _detached(collect(model))
+        return mapped(collect(model), Tensor.detach)
     # The parameters themselves, so that none can be freed and another take its address.
     key = (model.config, *parameters, *((p.data_ptr(), p._version) for p in parameters))
     cached = _cache.get(model)
     if cached is None or not _same(cached[0], key):
-        cached = (key, _detached(collect(model)))
+        cached = (key, mapped(collect(model), Tensor.detach))
         _cache[model] = cached
     return cached[1]
 
@@ -111,16 +167,6 @@ def _same(a: _Key, b: _Key) -> bool:
     return len(a) == len(b) and all(
         x is y if isinstance(x, Tensor) else x == y for x, y in zip(a, b, strict=True)
     )
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, tuple):
-        return tuple(_detached(v) for v in value)
-    if value is None:
-        return None
-    return type(value)(**{name: _detached(v) for name, v in vars(value).items()})
 
 
 def initial_fast(model: TTTModel, batch_size: int) -> Fast:

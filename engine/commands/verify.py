@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from engine.golden import carried_cases, load_golden
+from engine.loss import METHODS
 from engine.verify import Check, verify
 
 HELP = "check golden cases: exit status 0 only if all hold"
@@ -17,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files", nargs="*", type=Path, metavar="FILE", help="default: the cases in the package"
     )
     parser.add_argument("--backend", metavar="NAME", help="default: the best that can run")
+    parser.add_argument(
+        "--method", choices=METHODS, default=METHODS[0], help="of the meta-gradient (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     cases = [load_golden(path) for path in args.files or carried_cases()]
     failed = 0
     for case in cases:
-        checks = verify(case, args.backend)
+        checks = verify(case, args.backend, method=args.method)
         print(f"{case.path.name} ({case.config.compute_dtype})")
         print(_table(checks), flush=True)
         failed += any(not check.ok for check in checks)

@@ -1,0 +1,323 @@
+"""The inner loop as one node of autograd: a sweep forward without a graph, and a sweep back that needs little memory.
+
+The sweep back goes from the last mini-batch to the first. Of each it recovers the fast weights (engine/recovery.py),
+builds the graph of that one inner step, and takes it backwards: the cotangents of its losses, of the new fast weights
+and of its keys and values, which later mini-batches have seen, give those of the old fast weights, of earlier keys
+and values, of the prefix blocks' output and of all slow weights. Time is linear in the length, and nothing but what a
+recovery keeps, a few vectors a token, and one mini-batch's graph is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.config import TTTConfig
+from engine.inner import (
+    FastWeights,
+    InnerStep,
+    by_block,
+    flat,
+    inner_forward,
+    inner_gradient,
+    inner_step,
+    inner_update,
+)
+from engine.ops import Ops
+from engine.profiling import stage
+from engine.recovery import Recovery
+from engine.weights import Fast, SuffixWeights, converted, mapped, tensors
+from ttt_kernels.swiglu.reference import Factors
+
+
+@dataclass
+class Loop:
+    """What one run of the inner loop is given beside its weights, and what it reports beside its results.
+
+    Attributes:
+        weights: the slow weights, as stored.
+        positions: (T,) int64. targets: (B, T) int64. lr: inner learning rate.
+        recovery: makes the memory of a sweep.
+        truncate_steps: cotangents of fast weights are dropped at every so many steps; None: never.
+        keep_inner_grads: of how many first steps `inner_grads` is wanted.
+        norms: a (B,) norm for each step, filled in.
+        inner_grads: filled in.
+    """
+
+    ops: Ops
+    config: TTTConfig
+    weights: SuffixWeights
+    positions: Tensor
+    targets: Tensor
+    lr: float
+    recovery: Callable[[], Recovery]
+    truncate_steps: int | None = None
+    keep_inner_grads: int = 0
+    norms: list[Tensor] = field(default_factory=list)
+    inner_grads: list[Fast] = field(default_factory=list)
+
+    @property
+    def parts(self) -> list[slice]:
+        """The tokens of every mini-batch."""
+        size = self.config.mini_batch_size
+        return [slice(start, start + size) for start in range(0, self.targets.shape[1], size)]
+
+    def is_cut(self, index: int) -> bool:
+        """Whether the gradient stops at the fast weights that step `index` starts from."""
+        return self.truncate_steps is not None and index > 0 and index % self.truncate_steps == 0
+
+    def note(self, step: InnerStep) -> None:
+        """Takes what is to be reported of a step."""
+        self.norms.append(step.norm.detach())
+        if len(self.inner_grads) < self.keep_inner_grads:
+            self.inner_grads.append(by_block([g.detach() for g in step.grads]))
+
+
+def run(loop: Loop, x: Tensor, masters: Fast) -> tuple[Tensor, Fast]:
+    """Reads x (B, T, d), the prefix blocks' outputs, mini-batch by mini-batch from the fast weights `masters`.
+
+    Returns:
+        nll (B, T) of all targets and the fast weights after the last step, differentiable once with respect to x,
+        `masters` and the slow weights; a second time raises.
+    """
+    slow = tensors(loop.weights)
+    nll, *final = _Node.apply(loop, x, *slow, *flat(masters))
+    return nll, by_block(final)
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loop: Loop, x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        sweep = Sweep(loop, x)
+        nll, final = sweep.forward(by_block(given[len(tensors(loop.weights)) :]))
+        # Saved for the check that nobody changes them before the sweep back.
+        ctx.save_for_backward(x, *given)
+        # What nobody uses has no cotangent, and costs nothing.
+        ctx.set_materialize_grads(False)
+        ctx.sweep = sweep
+        return nll, *flat(final)
+
+    @staticmethod
+    def backward(ctx: Any, d_nll: Tensor | None, *d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "engine: the gradient through the inner loop cannot itself be differentiated (create_graph=True)"
+            )
+        assert ctx.saved_tensors
+        # What it keeps goes as soon as it is used, which a graph that lives on would prevent.
+        sweep, ctx.sweep = ctx.sweep, None
+        if sweep is None:
+            raise RuntimeError("engine: a graph through the inner loop can be taken back only once")
+        return None, *sweep.backward(d_nll, d_final)
+
+
+class _Rows:
+    """A cache over the keys and values of all tokens, at one mini-batch: new ones are written in place."""
+
+    def __init__(self, keys: Tensor, values: Tensor, seen: slice, own: slice) -> None:
+        self._keys, self._values, self._seen, self._own = keys, values, seen, own
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """See `engine.blocks.Cache`."""
+        self._keys[:, self._own], self._values[:, self._own] = k, v
+        return self._keys[:, self._seen], self._values[:, self._seen]
+
+
+class _Leaves:
+    """A cache that is part of a graph: earlier keys and values are leaves, the new ones are remembered."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.past = [keys.detach().requires_grad_(), values.detach().requires_grad_()]
+        self.own: list[Tensor] = []
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """See `engine.blocks.Cache`."""
+        self.own = [k, v]
+        keys, values = (torch.cat((past, new), 1) for past, new in zip(self.past, self.own, strict=True))
+        return keys, values
+
+
+class _Graph(NamedTuple):
+    """The graph of one mini-batch: its leaves, and its results.
+
+    x: (B, b, d). fast: the fast weights before it. past: keys and values of earlier tokens, block by block (keys,
+    values), and own: its own ones. nll: (B, b). new: the fast weights after it, none where it does not learn.
+    """
+
+    x: Tensor
+    fast: list[Tensor]
+    past: list[Tensor]
+    own: list[Tensor]
+    nll: Tensor
+    new: list[Tensor]
+
+
+class Sweep:
+    """One run of the inner loop: forward once, then back once."""
+
+    def __init__(self, loop: Loop, x: Tensor) -> None:
+        config = loop.config
+        self._loop = loop
+        self._x = x.detach()
+        self._weights = converted(mapped(loop.weights, Tensor.detach), config.torch_dtype)
+        self._parts = loop.parts
+        self._recovery = loop.recovery()
+        shape = (*x.shape[:2], config.num_heads, config.head_dim)
+        self._keys, self._values = ([x.new_empty(shape) for _ in loop.weights.suffix] for _ in range(2))
+        # nll (B, T), slope (B, T, d) and log-sum-exp (B, T) of all tokens, once they are known.
+        self._head: list[Tensor] = []
+
+    @torch.no_grad()
+    def forward(self, masters: Fast) -> tuple[Tensor, Fast]:
+        """nll (B, T) and the last fast weights."""
+        loop = self._loop
+        fast = FastWeights.of(masters, loop.config)
+        results: list[tuple[Tensor, ...]] = []
+        for index in range(len(self._parts)):
+            fast = self._read(index, fast, results)
+        self._head = [torch.cat(parts, 1) for parts in zip(*results, strict=True)]
+        return self._head[0].clone(), fast.masters
+
+    @torch.no_grad()
+    def _again(self, index: int, masters: Fast) -> Fast:
+        """Takes step `index` once more from the fast weights before it; returns those after it."""
+        fast = FastWeights.of(masters, self._loop.config)
+        return self._step(index, fast, self._known(self._parts[index]), None).fast.masters
+
+    def backward(self, d_nll: Tensor | None, d_final: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Cotangents of x, of every slow weight and of the first fast weights."""
+        weights = mapped(self._weights, lambda t: t.detach().requires_grad_())
+        totals = _Totals(tensors(weights), [t.dtype for t in tensors(self._loop.weights)])
+        d_x = torch.empty_like(self._x)
+        if d_nll is None:
+            d_nll = torch.zeros_like(self._head[0])
+        d_rows = _RowCotangents(self._loop.config.mini_batch_size)
+        d_fast = list(d_final)
+        for index in reversed(range(len(self._parts))):
+            part = self._parts[index]
+            if index + 1 < len(self._parts) and self._loop.is_cut(index + 1):
+                d_fast = [None] * len(d_fast)
+            with stage("inner step back"):
+                d_x[:, part], d_fast = self._back(index, weights, d_nll[:, part], d_fast, d_rows, totals)
+        return [d_x, *totals.found, *d_fast]
+
+    def _read(self, index: int, fast: FastWeights, results: list[tuple[Tensor, ...]]) -> FastWeights:
+        """Takes step `index` for the first time; `results` gets the head's."""
+        factors: list[Factors] | None = [] if self._recovery.wants_factors else None
+        with stage("inner step"):
+            step = self._step(index, fast, (), factors)
+        self._recovery.keep(index, fast, step, factors or [])
+        self._loop.note(step)
+        results.append(step.read[:3])
+        return step.fast
+
+    def _back(
+        self,
+        index: int,
+        weights: SuffixWeights,
+        d_nll: Tensor,
+        d_fast: list[Tensor | None],
+        d_rows: _RowCotangents,
+        totals: _Totals,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Takes step `index` back: cotangents of its x and of the fast weights before it; the others are summed up."""
+        graph = self._graph(index, weights, learns=any(g is not None for g in d_fast))
+        results = [graph.nll, *graph.new, *graph.own]
+        own = d_rows.pop(index, len(graph.own))
+        cotangents = [d_nll, *(d_fast if graph.new else []), *own]
+        given = [(r, g.to(r.dtype)) for r, g in zip(results, cotangents, strict=True) if g is not None]
+        leaves = [graph.x, *graph.fast, *graph.past, *totals.leaves]
+        found = torch.autograd.grad([r for r, _ in given], leaves, [g for _, g in given], allow_unused=True)
+        first, last = 1 + len(graph.fast), 1 + len(graph.fast) + len(graph.past)
+        d_rows.add(self._seen(self._parts[index]).start, found[first:last])
+        totals.add(found[last:])
+        return found[0], list(found[1:first])
+
+    def _step(
+        self, index: int, fast: FastWeights, known: Sequence[Tensor], factors: list[Factors] | None
+    ) -> InnerStep:
+        loop, part = self._loop, self._parts[index]
+        seen = self._seen(part)
+        caches = [_Rows(k, v, seen, part) for k, v in zip(self._keys, self._values, strict=True)]
+        return inner_step(
+            loop.ops, loop.config, self._weights, fast, self._x[:, part], loop.positions[part],
+            loop.targets[:, part], caches, loop.lr, known, factors,
+        )  # fmt: skip
+
+    @torch.enable_grad()
+    def _graph(self, index: int, weights: SuffixWeights, *, learns: bool) -> _Graph:
+        """Reads mini-batch `index` once more, recording; and learns from it where that matters to anything."""
+        loop, part = self._loop, self._parts[index]
+        x = self._x[:, part].detach().requires_grad_()
+        masters = [t.detach().requires_grad_() for t in flat(self._recovery.before(index, self._again))]
+        fast = FastWeights.of(by_block(masters), loop.config)
+        past = slice(self._seen(part).start, part.start)
+        caches = [_Leaves(k[:, past], v[:, past]) for k, v in zip(self._keys, self._values, strict=True)]
+        read = inner_forward(
+            loop.ops, loop.config, weights, fast, x, loop.positions[part], loop.targets[:, part], caches,
+            self._known(part), learns=learns,
+        )  # fmt: skip
+        new: list[Tensor] = []
+        if learns:
+            grads = inner_gradient(loop.ops, loop.config, weights, fast, read, loop.targets[:, part])
+            new = flat(inner_update(loop.ops, loop.config, fast, grads, loop.lr)[0].masters)
+        rows = [(t for c in caches for t in c.past), (t for c in caches for t in c.own)]
+        return _Graph(x, masters, list(rows[0]), list(rows[1]), read.nll, new)
+
+    def _known(self, part: slice) -> list[Tensor]:
+        """The head's results for a mini-batch that was read before, where the backend can use them."""
+        return [t[:, part] for t in self._head] if self._loop.ops.takes_known else []
+
+    def _seen(self, part: slice) -> slice:
+        """The tokens that a mini-batch's queries may see."""
+        window = self._loop.config.window
+        return slice(0 if window is None else max(0, part.start - window + 1), part.stop)
+
+
+class _RowCotangents:
+    """Cotangents of keys and values, summed over the later mini-batches that have seen them."""
+
+    def __init__(self, mini_batch: int) -> None:
+        self._size = mini_batch
+        self._of: dict[int, list[Tensor]] = {}
+
+    def add(self, start: int, grads: Sequence[Tensor]) -> None:
+        """Adds those of the tokens from `start` on, (B, n, H, D) each."""
+        length = grads[0].shape[1] if grads else 0
+        for index in range(start // self._size, -(-(start + length) // self._size)):
+            first = max(start, index * self._size)
+            last = min(start + length, (index + 1) * self._size)
+            own = slice(first - index * self._size, last - index * self._size)
+            pieces = [g[:, first - start : last - start] for g in grads]
+            if index not in self._of:
+                wide = torch.promote_types(grads[0].dtype, torch.float32)
+                self._of[index] = [
+                    g.new_zeros(g.shape[0], self._size, *g.shape[2:], dtype=wide) for g in grads
+                ]
+            for total, piece in zip(self._of[index], pieces, strict=True):
+                total[:, own] += piece
+
+    def pop(self, index: int, count: int) -> list[Tensor | None]:
+        """Those of a mini-batch's `count` tensors, None where nobody has seen them."""
+        return list(self._of.pop(index, [None] * count))
+
+
+class _Totals:
+    """Cotangents of the slow weights, summed over mini-batches in the dtype that the weights are stored in."""
+
+    def __init__(self, leaves: list[Tensor], dtypes: Sequence[torch.dtype]) -> None:
+        self.leaves = leaves
+        self.found: list[Tensor | None] = [None] * len(leaves)
+        self._dtypes = dtypes
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        """Adds one for every leaf, None being zero; the first of each is kept and added to in place."""
+        for i, grad in enumerate(grads):
+            if grad is None:
+                continue
+            total = self.found[i]
+            self.found[i] = grad.to(self._dtypes[i]) if total is None else total.add_(grad)

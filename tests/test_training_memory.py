@@ -1,0 +1,57 @@
+"""What a training step holds grows with the length by what it keeps of a token, and by nothing else."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from engine import TTTConfig, TTTModel
+from engine.recovery import bytes_per_step
+
+CPU = torch.device("cpu")
+CONFIG = TTTConfig.preset("tiny")
+SHORT, LONG = 2048, 6144
+
+
+def account(config: TTTConfig, method: str, every: int) -> float:
+    """Bytes of a token at the peak of a step in float32.
+
+    Kept all the time: the inputs of the first blocks, P d. In the sweep back besides: what the recovery keeps of one
+    step in `every`; of the suffix keys and values, 2 S d, its input and that one's gradient, 2 d, and the head's
+    gradient, d. When the sweep is over, one of the first blocks is computed again for all tokens: 16 tensors of
+    width d and 6 of width i, gradients included.
+    """
+    d, i, first = config.hidden_size, config.intermediate_size, config.prefix_layers
+    recovery = bytes_per_step(config, method, CPU) / (every * config.mini_batch_size)
+    sweep = 4 * (2 * config.suffix_layers + 3) * d + recovery
+    return 4 * first * d + max(sweep, 4 * (16 * d + 6 * i))
+
+
+def allocated(length: int, options: dict[str, Any]) -> tuple[int, int]:
+    """Bytes that one loss and its gradient hold at most, and what is left of them afterwards."""
+    model = TTTModel(CONFIG)
+    tokens = torch.randint(CONFIG.vocab_size, (1, length + 1))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model.loss(tokens, **options).loss.backward()
+    kineto = profiler.profiler
+    assert kineto is not None
+    changes = [(e.start_ns(), e.nbytes()) for e in kineto.kineto_results.events() if e.name() == "[memory]"]
+    now = highest = 0
+    for _, change in sorted(changes):
+        now += change
+        highest = max(highest, now)
+    return highest, now
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "every"), [("snapshots", 1), ("snapshots", 8), ("rollback", 1)])
+def test_grows_by_what_is_kept(method: str, every: int) -> None:
+    options = {"method": method, "snapshot_every": every}
+    (short, left), (long, left_of_long) = allocated(SHORT, options), allocated(LONG, options)
+    growth = (long - short) / (LONG - SHORT)
+    stated = account(CONFIG, method, every)
+    # An account of more than there is would state nothing.
+    assert 0.9 * stated < growth < 1.05 * stated
+    # The gradients stay, and tables of positions for the next call, but no tensor of width d.
+    assert left_of_long - left < 600 * (LONG - SHORT) < 4 * CONFIG.hidden_size * (LONG - SHORT)
