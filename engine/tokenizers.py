@@ -132,13 +132,19 @@ class Llama3Tokenizer:
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """
-    `"bytes"`, `"llama3"` (the one that the installed package llama-models carries), or the path of a
-    Llama 3 `tokenizer.model`. A ValueError says what is missing.
+    `"bytes"`, `"llama3"` (the one that the installed package llama-models carries), the path of a Llama 3
+    `tokenizer.model`, or that of a `.json` with a BPE that `python -m engine data` trained. A ValueError says
+    what is missing.
     """
     if name_or_path == "bytes":
         return ByteTokenizer()
     if name_or_path == "llama3":
         return Llama3Tokenizer(installed_llama3_model())
+    if Path(name_or_path).suffix == ".json":
+        # Imported here because it imports this module.
+        from engine.data.bpe import BPETokenizer
+
+        return BPETokenizer.load(name_or_path)
     return Llama3Tokenizer(name_or_path)
 
 
