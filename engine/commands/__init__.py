@@ -1,3 +1,3 @@
 """The commands of `python -m engine`, one module each: `add_arguments(parser)` and `run(args) -> exit
-status`.
+status`, or for `train`, whose arguments Hydra reads, `main(argv) -> exit status`.
 """

@@ -1,0 +1,142 @@
+"""What a run will need, before it is launched: memory and time of its steps, and the settings that fit the device.
+
+Trials of one step each are made with what there is to choose; a sequence that is longer than a trial takes is
+extrapolated from two trials in which the window is full, beyond which time and memory are linear in the length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from engine.device import available_bytes
+from engine.training.run import AUTO, Run
+from engine.training.trial import Choice, Cost, try_out
+
+RESERVE = 0.9
+"""The share of the free memory that a step may take."""
+_LONGEST_MINI_BATCHES = 16
+_GAIN = 0.97
+"""A larger batch has to take at most this share of the time per sequence."""
+
+
+class Trial(Protocol):
+    """As `try_out`."""
+
+    def __call__(self, run: Run, choice: Choice, length: int) -> Cost | None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A choice, and what is predicted of it.
+
+    peak: bytes of the process at its highest. seconds: of an outer step, accumulation and update included.
+    """
+
+    choice: Choice
+    accum_steps: int
+    peak: int
+    seconds: float
+
+    @property
+    def overrides(self) -> str:
+        """What to put on the command line of `train`."""
+        return (
+            f"training.accum_steps={self.accum_steps} training.method={self.choice.method} "
+            f"training.checkpoint_blocks={str(self.choice.checkpoint_blocks).lower()}"
+        )
+
+
+def fit(run: Run) -> int:
+    """Prints the plans that were tried and the one to take; 0, or 1 where none fits."""
+    free = available_bytes(torch.device(run.device))
+    print(
+        f"{run.model.name}: {run.global_batch_size} sequences of {run.seq_length} tokens a step; "
+        f"{free / 2**30:.1f} GiB free on {run.device}, of which {RESERVE:.0%} may be used\n"
+    )
+    print("sequences at a time  accumulation  method     blocks again  peak memory  time per step")
+    best = None
+    for plan in plans(run, free, try_out):
+        print(_row(plan), flush=True)
+        if plan.peak <= RESERVE * free and (best is None or plan.seconds < best.seconds):
+            best = plan
+    if best is None:
+        print("\nnothing fits: use more accumulation, shorter sequences or another device")
+        return 1
+    print(f"\nthe fastest that fits:  {best.overrides}")
+    return 0
+
+
+def plans(run: Run, free: int, trial: Trial) -> Iterator[Plan]:
+    """Every way to go back, with one sequence at a time; then more at a time for the fastest that fits."""
+    found = []
+    for method, again in _ways(run):
+        plan = predicted(run, Choice(1, method, again), trial)
+        if plan is not None:
+            yield plan
+            found.append(plan)
+    fitting = [plan for plan in found if plan.peak <= RESERVE * free]
+    while fitting:
+        best = min(fitting, key=lambda plan: plan.seconds)
+        rows = 2 * best.choice.rows
+        if run.global_batch_size % rows:
+            return
+        larger = predicted(run, Choice(rows, best.choice.method, best.choice.checkpoint_blocks), trial)
+        if larger is None:
+            return
+        yield larger
+        fits = larger.peak <= RESERVE * free and larger.seconds <= _GAIN * best.seconds
+        fitting = [larger] if fits else []
+
+
+def _ways(run: Run) -> list[tuple[str, bool]]:
+    """(method, whether blocks are computed again), the ones that the run leaves open."""
+    methods = ["snapshots"]
+    if run.model.suffix_layers:
+        methods = ["graph", "snapshots", "rollback"] if run.method == AUTO else [run.method]
+    again = [False, True] if run.checkpoint_blocks is None else [run.checkpoint_blocks]
+    return [(method, choice) for method in methods for choice in again]
+
+
+def predicted(run: Run, choice: Choice, trial: Trial) -> Plan | None:
+    """Memory and time of a step; None where not even the trial fits."""
+    accum = run.global_batch_size // choice.rows
+    lengths = trial_lengths(run)
+    costs = [trial(run, choice, length) for length in lengths]
+    if any(cost is None for cost in costs):
+        return None
+    last = costs[-1]
+    assert last is not None
+
+    def at_length(value: Callable[[Cost], float]) -> float:
+        if len(lengths) == 1:
+            return value(last)
+        first = costs[0]
+        assert first is not None
+        slope = (value(last) - value(first)) / (lengths[1] - lengths[0])
+        return value(last) + slope * (run.seq_length - lengths[1])
+
+    seconds = at_length(lambda cost: cost.seconds)
+    return Plan(choice, accum, int(at_length(lambda cost: cost.peak)), accum * seconds + last.update)
+
+
+def trial_lengths(run: Run) -> list[int]:
+    """The run's own length where that is tried itself; else two lengths with a full window."""
+    config = run.model
+    unit = config.mini_batch_size
+    if config.window is None:
+        return [run.seq_length]
+    full = -(-config.window // unit) * unit
+    lengths = [full + unit, full + 4 * unit]
+    return [run.seq_length] if run.seq_length <= max(_LONGEST_MINI_BATCHES * unit, lengths[1]) else lengths
+
+
+def _row(plan: Plan) -> str:
+    return (
+        f"{plan.choice.rows:19}  {plan.accum_steps:12}  {plan.choice.method:9}  "
+        f"{'yes' if plan.choice.checkpoint_blocks else 'no':>12}  {plan.peak / 2**30:7.2f} GiB  "
+        f"{plan.seconds:11.2f} s"
+    )

@@ -1,0 +1,93 @@
+"""One training step on random tokens in a process of its own: what it takes of time and memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from engine.config import DTYPES
+from engine.loss import Method
+from engine.model import TTTModel
+from engine.training.optimizer import clip_, make_optimizer
+from engine.training.run import Run
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a batch is worked on: sequences at a time, and what is kept of them for the way back."""
+
+    rows: int
+    method: str
+    checkpoint_blocks: bool
+
+
+@dataclass(frozen=True)
+class Cost:
+    """peak: bytes of the whole process (on CUDA what torch allocated). seconds: of a loss and its gradient.
+    update: seconds of clipping and of the optimizer's step.
+    """
+
+    peak: int
+    seconds: float
+    update: float
+
+
+def try_out(run: Run, choice: Choice, length: int) -> Cost | None:
+    """The cost of `choice.rows` sequences of `length` tokens; None where there is not enough memory for them."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(_step, run, choice, length, torch.get_num_threads()).result()
+        except (BrokenProcessPool, MemoryError, torch.OutOfMemoryError):
+            return None
+
+
+def _step(run: Run, choice: Choice, length: int, threads: int) -> Cost:
+    torch.set_num_threads(threads)
+    device = torch.device(run.device)
+    model = TTTModel(run.model, dtype=DTYPES[run.param_dtype], device=device, seed=run.model_seed)
+    optimizer = make_optimizer(model, run.optimizer)
+    tokens = torch.randint(run.model.vocab_size, (choice.rows, length + 1), device=device)
+    unit = run.model.mini_batch_size if run.model.suffix_layers else 1
+
+    def once(part: torch.Tensor) -> tuple[float, float]:
+        start = _now(device)
+        optimizer.zero_grad(set_to_none=True)
+        model.loss(
+            part,
+            0,
+            backend=run.backend,
+            method=cast(Method, choice.method),
+            truncate_steps=run.truncate_steps,
+            checkpoint_blocks=choice.checkpoint_blocks,
+        ).loss.backward()
+        between = _now(device)
+        clip_(model.parameters(), run.optimizer.clip)
+        optimizer.step()
+        return between - start, _now(device) - between
+
+    # Loads kernels, and makes the optimizer's state.
+    once(tokens[:, : 2 * unit + 1] if length > 2 * unit else tokens)
+    seconds, update = once(tokens)
+    return Cost(_peak(device), seconds, update)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
