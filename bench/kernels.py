@@ -39,12 +39,12 @@ from bench.kernel_ceiling import CEILINGS, Ceiling
 from bench.kernel_child import Job, in_child
 from bench.kernel_report import add_ratios, print_report
 from bench.machine import describe
-from bench.memory import available_bytes
 from bench.output import progress, write_json
-from bench.plot import check_plot, plot_lengths
+from bench.plot import plot_lengths
 from bench.table import size, tokens
+from engine.commands.positions import check_plot
 from engine.config import DTYPES
-from engine.device import checked_device
+from engine.device import available_bytes, checked_device
 
 OPERATORS: dict[str, ModuleType] = {
     "attention": kernels_attention,

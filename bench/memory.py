@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,9 +24,11 @@ class PeakMemory:
         self.device = device
         cuda = device.type == "cuda"
         self.baseline = torch.cuda.memory_allocated(device) if cuda else _resident_bytes("VmRSS")
+        self._forgotten = 0
 
     def restart(self) -> None:
         """Forgets peaks reached so far."""
+        self._forgotten = self.process_bytes()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return
@@ -37,9 +38,16 @@ class PeakMemory:
 
     def peak_bytes(self) -> int:
         """The most that was held at once since `restart`, in bytes."""
+        return max(0, self._highest_bytes() - self.baseline)
+
+    def process_bytes(self) -> int:
+        """The most that the process has held at once since it began, nothing left out, in bytes."""
+        return max(self._forgotten, self._highest_bytes())
+
+    def _highest_bytes(self) -> int:
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) - self.baseline
-        return max(0, _resident_bytes("VmHWM") - self.baseline)
+            return torch.cuda.max_memory_allocated(self.device)
+        return _resident_bytes("VmHWM")
 
 
 def release_memory(device: torch.device) -> None:
@@ -79,18 +87,6 @@ def freed_memory_kept() -> Iterator[None]:
     finally:
         for parameter, _, default in settings:
             change(parameter, default)
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that could be allocated now, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    line = next(line for line in lines if line.startswith("MemAvailable"))
-    return int(line.split()[1]) * 1024
 
 
 def _resident_bytes(field: str) -> int:

@@ -16,6 +16,8 @@ from engine.tokenizers import Tokenizer, installed_llama3_model, load_tokenizer
 from ttt_kernels.backends import refuse_on_cpu, select
 from ttt_kernels.matmul import best_dtype
 
+LLAMA3_VOCAB_SIZE = 128256
+
 
 def add_model_arguments(parser: argparse.ArgumentParser, preset: str, dtype: str | None = None) -> None:
     """The options of every benchmark of a model, with this benchmark's defaults; no dtype is the fastest."""
@@ -40,6 +42,36 @@ def add_common_arguments(parser: argparse.ArgumentParser, dtype: str | None, dty
     parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
 
 
+def add_reading_arguments(parser: argparse.ArgumentParser, context: str) -> None:
+    """The options of every benchmark that reads a text; `context` says in words how long it is by default."""
+    parser.add_argument("--context", type=int, metavar="N", help=f"tokens to read (default: {context})")
+    parser.add_argument("--window", type=int, metavar="N", help="attention window (default: the preset's)")
+    parser.add_argument(
+        "--mini-batch", type=int, metavar="N", help="tokens per inner step (default: the preset's)"
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", help="UTF-8 text to read (default: Python's standard library)"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="bytes, llama3, or the path of a tokenizer.model "
+        "(default: llama3 for its vocabulary where installed, else bytes)",
+    )
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="the best of N runs (default: 3)")
+
+
+def chosen_names(option: str, given: str, accepted: Sequence[str]) -> list[str]:
+    """The names in a list with commas, or those that all and none stand for."""
+    names = {"all": list(accepted), "none": []}.get(given, given.split(","))
+    unknown = [name for name in names if name not in accepted]
+    if unknown:
+        raise ValueError(
+            f"{option}={given!r}: {unknown[0]!r} is unknown; accepted: {', '.join(accepted)}, all, none"
+        )
+    return names
+
+
 def chosen_dtype(name: str | None, device: torch.device) -> str:
     """The dtype of that name, or the one in which this machine's products are fastest."""
     if name is not None:
@@ -58,7 +90,7 @@ def chosen_tokenizer(name: str | None, vocab_size: int) -> tuple[str, Tokenizer]
     """The tokenizer of that name; by default Llama 3's for its vocabulary where installed, else bytes."""
     if name is None:
         name = "bytes"
-        if vocab_size != 256:
+        if vocab_size >= LLAMA3_VOCAB_SIZE:
             try:
                 installed_llama3_model()
                 name = "llama3"

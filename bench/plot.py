@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,10 @@ from typing import Any
 from bench.table import tokens
 from engine.files import atomic_write
 
-FORMATS = ("png", "svg", "pdf")
 COLORS = {"ttt-e2e": "#0b6e4f", "full-attention": "#c8553d", "sliding-window": "#3d5a98"}
 
 CONTENDER_COLORS = ("#0b6e4f", "#c8553d", "#3d5a98", "#d9a21b", "#7a4b94", "#6b7280")
 ORDER_STYLES = ("-", "--", ":", "-.")
-
-
-def check_plot(path: str) -> None:
-    """A ValueError where a plot could not be written to `path`, known before anything is measured."""
-    if Path(path).suffix[1:] not in FORMATS:
-        raise ValueError(f"--plot={path!r}: the name must end in one of .{', .'.join(FORMATS)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs the package matplotlib: pip install '.[plot]'")
 
 
 def plot_positions(runs: Sequence[Mapping[str, Any]], path: str, title: str) -> None:

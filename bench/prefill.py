@@ -19,12 +19,14 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from bench import options
+from bench.contest import all_agree, measure_all
 from bench.flops import prefill_flops_per_token
 from bench.machine import describe, peak_rate
 from bench.measure import Job, in_child
-from bench.output import progress, write_json
-from bench.plot import check_plot, plot_positions
+from bench.output import write_json
+from bench.plot import plot_positions
 from bench.report import print_report
+from engine.commands.positions import check_plot
 from engine.config import DTYPES, TTTConfig
 from engine.device import checked_device
 
@@ -40,6 +42,11 @@ class Contender:
     backend: str
     config: TTTConfig
 
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"{self.model}, {self.backend}"
+
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
@@ -53,13 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     options.add_model_arguments(parser, "tiny")
-    parser.add_argument(
-        "--context", type=int, metavar="N", help="tokens to read (default: 8192 with tiny, else 4096)"
-    )
-    parser.add_argument("--window", type=int, metavar="N", help="attention window (default: the preset's)")
-    parser.add_argument(
-        "--mini-batch", type=int, metavar="N", help="tokens per inner step (default: the preset's)"
-    )
+    options.add_reading_arguments(parser, "8192 with tiny, else 4096")
     parser.add_argument(
         "--compare",
         default="reference,full-attention",
@@ -67,16 +68,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"what else to measure, of {', '.join(COMPARISONS)}; or all, or none (default: %(default)s). "
         "reference is the same model on the reference backend, the others are Transformers on the chosen one",
     )
-    parser.add_argument(
-        "--text", metavar="FILE", help="UTF-8 text to read (default: Python's standard library)"
-    )
-    parser.add_argument(
-        "--tokenizer",
-        metavar="NAME",
-        help="bytes, llama3, or the path of a tokenizer.model "
-        "(default: llama3 for its vocabulary where installed, else bytes)",
-    )
-    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="the best of N runs (default: 3)")
     parser.add_argument(
         "--plot", metavar="FILE", help="draw time per token against position (.png, .svg or .pdf)"
     )
@@ -134,11 +125,14 @@ def run(args: argparse.Namespace) -> int:
             )
             for c in contenders
         ]
-        if not agree_with_reference(contenders, jobs):
+        work = list(zip(contenders, jobs, strict=True))
+        if not all_agree(
+            [(c, replace(j, task="check")) for c, j in work if c.backend != "reference"], in_child
+        ):
             return 1
         # Before and after: a machine that is shared does not keep one speed.
         peak = peak_rate(DTYPES[dtype], device)
-        results, complete = measure_all(contenders, jobs)
+        results = measure_all(work, in_child)
         peak = max(peak, peak_rate(DTYPES[dtype], device))
     runs = [common | row(contender, result, jobs[0], args.batch, peak) for contender, result in results]
     print_report(runs)
@@ -148,17 +142,12 @@ def run(args: argparse.Namespace) -> int:
         plot_positions(
             runs, args.plot, f"{args.preset}, {dtype}, {machine['cpu']}, {machine['threads']} threads"
         )
-    return 0 if complete else 1
+    return 0 if len(results) == len(work) else 1
 
 
 def chosen_contenders(compare: str, config: TTTConfig, backend: str, context: int) -> list[Contender]:
     """The model itself, and those that `--compare` names."""
-    names = {"all": list(COMPARISONS), "none": []}.get(compare, compare.split(","))
-    unknown = [name for name in names if name not in COMPARISONS]
-    if unknown:
-        raise ValueError(
-            f"--compare={compare!r}: {unknown[0]!r} is unknown; accepted: {', '.join(COMPARISONS)}, all, none"
-        )
+    names = options.chosen_names("--compare", compare, COMPARISONS)
     contenders = [Contender("ttt-e2e", backend, config)]
     if "reference" in names and backend != "reference":
         contenders.append(Contender("ttt-e2e", "reference", config))
@@ -174,36 +163,6 @@ def pieces(config: TTTConfig, context: int) -> tuple[int, ...]:
     mini_batches = -(-context // config.mini_batch_size)
     length = config.mini_batch_size * -(-mini_batches // PIECES)
     return tuple(min(length, context - start) for start in range(0, context, length))
-
-
-def agree_with_reference(contenders: list[Contender], jobs: list[Job]) -> bool:
-    """Whether every backend's loss is the reference's: no speed of a wrong result is reported."""
-    green = True
-    for contender, job in zip(contenders, jobs, strict=True):
-        if contender.backend == "reference":
-            continue
-        progress(f"checking {contender.model}, {contender.backend} against reference ")
-        if not in_child(replace(job, task="check"))["green"]:
-            progress(
-                f"{contender.model}: backend {contender.backend} disagrees with the reference formulas; "
-                "its speed means nothing and is not reported\n"
-            )
-            green = False
-    return green
-
-
-def measure_all(
-    contenders: list[Contender], jobs: list[Job]
-) -> tuple[list[tuple[Contender, dict[str, Any]]], bool]:
-    """The results of those that could be measured, and whether all could."""
-    results = []
-    for contender, job in zip(contenders, jobs, strict=True):
-        progress(f"{contender.model}, {contender.backend}: ")
-        try:
-            results.append((contender, in_child(job)))
-        except RuntimeError as error:
-            progress(f"\n{contender.model}, {contender.backend}: not measured: {error}\n")
-    return results, len(results) == len(jobs)
 
 
 def row(contender: Contender, result: dict[str, Any], job: Job, batch: int, peak: float) -> dict[str, Any]:

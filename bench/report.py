@@ -1,4 +1,4 @@
-"""What bench/prefill.py measured, as a person reads it."""
+"""What bench/prefill.py measured, as a person reads it, and the heading that it shares with bench/train.py."""
 
 from __future__ import annotations
 
@@ -14,23 +14,29 @@ def print_report(runs: Sequence[dict[str, Any]]) -> None:
     """Prints the table of `runs` (the objects of the JSON), then time per token against position."""
     if not runs:
         return
-    first = runs[0]
-    machine = first["machine"]
-    print()
-    processor = machine.get("gpu", machine["cpu"])
-    print(f"{processor}, {machine['threads']} threads, {machine['isa']}, torch {machine['torch']}")
-    print(
-        f"{first['preset']}, {first['dtype']}, {first['batch']} x {tokens(first['context'])} tokens of "
-        f"{first['text']} ({first['tokenizer']}), mini-batch {first['mini_batch']}, random weights"
-    )
-    print(f"matrix products at best: {rate(first['peak_flops_per_s'])} GFLOP/s")
-    print()
+    print_heading(runs)
     header = ("model", "backend", "window", "tokens/s", "GFLOP/s", "of products", "peak memory", "mean loss")
     print(format_table(header, [_summary(run) for run in runs]))
     print()
     print("microseconds per token, by position in the text (up to):")
     print()
     print(_positions(runs))
+
+
+def print_heading(runs: Sequence[dict[str, Any]]) -> None:
+    """Prints on what machine, of what model and of what text the runs are."""
+    first = runs[0]
+    machine = first["machine"]
+    print()
+    processor = machine.get("gpu", machine["cpu"])
+    print(f"{processor}, {machine['threads']} threads, {machine['isa']}, torch {machine['torch']}")
+    contexts = ", ".join(dict.fromkeys(tokens(run["context"]) for run in runs))
+    print(
+        f"{first['preset']}, {first['dtype']}, {first['batch']} x {contexts} tokens of "
+        f"{first['text']} ({first['tokenizer']}), mini-batch {first['mini_batch']}, random weights"
+    )
+    print(f"matrix products at best: {rate(first['peak_flops_per_s'])} GFLOP/s")
+    print()
 
 
 def _summary(run: dict[str, Any]) -> tuple[str, ...]:
