@@ -63,6 +63,12 @@ def counted(targets: Tensor, config: TTTConfig) -> Tensor:
     return counts.float()
 
 
+def shares(targets: Tensor, config: TTTConfig, dtype: torch.dtype) -> Tensor:
+    """Each target's weight (B, T) in the mean over the counted ones of its sequence; 0 without any."""
+    counts = counted(targets, config).to(dtype)
+    return counts / counts.sum(-1, keepdim=True).clamp_min(1.0)
+
+
 def masked_mean(nll: Tensor, targets: Tensor, config: TTTConfig) -> Tensor:
     """Mean over the counted targets of each sequence, (B,); 0 without any."""
     counts = counted(targets, config)
@@ -122,8 +128,7 @@ def inner_gradient(
         Those of all fast matrices in the masters' dtype, block by block (gate, up, down), (B, ...) each.
         Differentiable with respect to everything where a graph is recorded.
     """
-    counts = counted(targets, config).to(read.slope.dtype)
-    share = counts / counts.sum(-1, keepdim=True).clamp_min(1.0)
+    share = shares(targets, config, read.slope.dtype)
     d_hidden = (read.slope * share[..., None]).to(read.hidden.dtype)
     d_out = ops.norm_backward(d_hidden, read.out, weights.final_norm, read.rstd)
     grads = suffix_backward(ops, weights.suffix, fast.copies, read.tapes, d_out, config.window, kept)

@@ -18,11 +18,14 @@ from ttt_kernels.clipped_sgd import operator as clipped_sgd
 from ttt_kernels.clipped_sgd.update import update_
 from ttt_kernels.linear_ce import operator as linear_ce
 from ttt_kernels.linear_ce import slope_operator as linear_ce_slope
+from ttt_kernels.rms_norm import jvp_operator as rms_norm_jvp
 from ttt_kernels.rms_norm import operator as rms_norm
 from ttt_kernels.rope import operator as rope
+from ttt_kernels.swa import jvp_operator as swa_jvp
 from ttt_kernels.swa import operator as swa
 from ttt_kernels.swa.rest import recorded
 from ttt_kernels.swiglu import FACTORED
+from ttt_kernels.swiglu import jvp_operator as swiglu_jvp
 from ttt_kernels.swiglu import operator as swiglu
 from ttt_kernels.swiglu.reference import Factors
 
@@ -60,6 +63,19 @@ class Ops:
         arguments, backend = (dy, x, weight, None, rstd, self._eps), self._backend["rms_norm"]
         return rms_norm.backward(*arguments, needs=(True, False, False), backend=backend)[0]
 
+    def norm_jvp(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        residual: Tensor | None,
+        x_dot: Tensor,
+        residual_dot: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`norm` and its tangent."""
+        arguments = (x, weight, residual, x_dot, None, residual_dot, self._eps)
+        y, y_dot, _ = rms_norm_jvp.forward(*arguments, backend=self._backend["rms_norm"])
+        return y, y_dot
+
     def rope(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotates interleaved pairs of x (B, T, H, D)."""
         return rope.forward(x, positions, self._theta, True, backend=self._backend["rope"])[0]
@@ -87,10 +103,29 @@ class Ops:
         dq, dk, dv = swa.backward(*arguments, needs=(True, True, True), backend=self._backend["swa"])
         return dq, dk, dv
 
+    def attention_jvp(
+        self, qkv: Sequence[Tensor], dots: Sequence[Tensor], window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """`attention` of (q, k, v) and its tangent along those of all three."""
+        arguments = (*qkv, None, None, *dots, window, self._scale)
+        o, o_dot, *_ = swa_jvp.forward(*arguments, backend=self._backend["swa"])
+        return o, o_dot
+
     def mlp(self, x: Tensor, matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """SwiGLU MLP of x (B, T, d); also its two pre-activations."""
         y, gate, up = swiglu.forward(x, *matrices, backend=self._backend["swiglu"])
         return y, gate, up
+
+    def mlp_jvp(
+        self,
+        x: Tensor,
+        matrices: Sequence[Tensor],
+        x_dot: Tensor | None,
+        dots: Sequence[Tensor | None] = (None, None, None),
+    ) -> tuple[Tensor, Tensor]:
+        """The result of `mlp` and its tangent along those of x and of the matrices; None is zero."""
+        y, y_dot, *_ = swiglu_jvp.forward(x, *matrices, x_dot, *dots, backend=self._backend["swiglu"])
+        return y, y_dot
 
     def mlp_backward(
         self,

@@ -7,7 +7,7 @@ weights are rolled backwards by what every step changed, whose gradients are pro
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,16 @@ def smallest_method(config: TTTConfig, device: torch.device) -> Literal["snapsho
 Again = Callable[[int, Fast], Fast]
 
 
+class Before(NamedTuple):
+    """What a step started from: the fp32 weights, and their gradients if they were needed to get there.
+
+    grads: block by block (gate, up, down), in the weights' dtype, before clipping.
+    """
+
+    masters: Fast
+    grads: list[Tensor] | None
+
+
 class Recovery(Protocol):
     """Remembers the steps of a sweep forward, from first to last, and gives their weights back, last to first."""
 
@@ -48,8 +58,8 @@ class Recovery(Protocol):
     def keep(self, index: int, before: FastWeights, step: InnerStep, factors: list[Factors]) -> None:
         """Takes note of step `index`."""
 
-    def before(self, index: int, again: Again) -> Fast:
-        """The fp32 weights before step `index`; every index once, in falling order.
+    def before(self, index: int, again: Again) -> Before:
+        """What step `index` started from; every index once, in falling order.
 
         `again(index, weights)` takes step `index` once more and gives the weights after it.
         """
@@ -72,12 +82,12 @@ class Snapshots:
         if index % self._every == 0:
             self._kept[index] = before.masters
 
-    def before(self, index: int, again: Again) -> Fast:
+    def before(self, index: int, again: Again) -> Before:
         """See `Recovery`."""
         if index not in self._kept:
             for i in range(index - index % self._every, index):
                 self._kept[i + 1] = again(i, self._kept[i])
-        return self._kept.pop(index)
+        return Before(self._kept.pop(index), None)
 
 
 class Rollback:
@@ -107,17 +117,15 @@ class Rollback:
             # Of what the products read only shapes and dtypes are needed.
             self._like = by_block([t.to("meta") for t in flat(before.copies)])
 
-    def before(self, index: int, again: Again) -> Fast:
+    def before(self, index: int, again: Again) -> Before:
         """See `Recovery`."""
         assert index == len(self._steps) - 1
         factors, rate = self._steps.pop()
-        blocks = []
-        for block, like, weights in zip(factors, self._like, self._weights, strict=True):
-            grads = self._ops.mlp_gradients(block, like)
-            back = [
-                torch.addcmul(w, g.to(w.dtype), rate[:, None, None].to(w.dtype))
-                for w, g in zip(weights, grads, strict=True)
-            ]
-            blocks.append((back[0], back[1], back[2]))
-        self._weights = tuple(blocks)
-        return self._weights
+        weights = flat(self._weights)
+        products = [g for block in zip(factors, self._like, strict=True) for g in self._ops.mlp_gradients(*block)]
+        grads = [g.to(w.dtype) for g, w in zip(products, weights, strict=True)]
+        back = [
+            torch.addcmul(w, g, rate[:, None, None].to(w.dtype)) for w, g in zip(weights, grads, strict=True)
+        ]
+        self._weights = by_block(back)
+        return Before(self._weights, grads)

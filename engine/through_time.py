@@ -3,7 +3,8 @@
 The sweep back goes from the last mini-batch to the first. Of each it recovers the fast weights (engine/recovery.py),
 builds the graph of that one inner step, and takes it backwards: the cotangents of its losses, of the new fast weights
 and of its keys and values, which later mini-batches have seen, give those of the old fast weights, of earlier keys
-and values, of the prefix blocks' output and of all slow weights. Time is linear in the length, and nothing but what a
+and values, of the prefix blocks' output and of all slow weights. Where recovering the weights gave the step's gradient
+too, its computation is not in that graph: it is taken back through tangents (engine/tangents.py). Time is linear in the length, and nothing but what a
 recovery keeps, a few vectors a token, and one mini-batch's graph is ever held.
 """
 
@@ -30,8 +31,10 @@ from engine.inner import (
 from engine.ops import Ops
 from engine.profiling import stage
 from engine.recovery import Recovery
+from engine.tangents import loss_along
 from engine.weights import Fast, SuffixWeights, converted, mapped, tensors
 from ttt_kernels.swiglu.reference import Factors
+from ttt_kernels.tangents import total
 
 
 @dataclass
@@ -127,7 +130,7 @@ class _Rows:
         return self._keys[:, self._seen], self._values[:, self._seen]
 
 
-class _Leaves:
+class _LeafCache:
     """A cache that is part of a graph: earlier keys and values are leaves, the new ones are remembered."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -141,19 +144,26 @@ class _Leaves:
         return keys, values
 
 
-class _Graph(NamedTuple):
-    """The graph of one mini-batch: its leaves, and its results.
-
-    x: (B, b, d). fast: the fast weights before it. past: keys and values of earlier tokens, block by block (keys,
-    values), and own: its own ones. nll: (B, b). new: the fast weights after it, none where it does not learn.
-    """
+class _Leaves(NamedTuple):
+    """What the graph of one mini-batch starts from: x (B, b, d), fp32 fast weights, and keys and values by block."""
 
     x: Tensor
     fast: list[Tensor]
-    past: list[Tensor]
-    own: list[Tensor]
-    nll: Tensor
-    new: list[Tensor]
+    caches: list[_LeafCache]
+
+    @property
+    def past(self) -> list[Tensor]:
+        """Keys and values of earlier tokens, block by block (keys, values)."""
+        return [t for cache in self.caches for t in cache.past]
+
+    @property
+    def own(self) -> list[Tensor]:
+        """Those of the mini-batch itself, once it has been read."""
+        return [t for cache in self.caches for t in cache.own]
+
+
+_Results = list[tuple[Tensor, Tensor | None]]
+"""Results of a graph, each with its cotangent."""
 
 
 class Sweep:
@@ -225,17 +235,23 @@ class Sweep:
         totals: _Totals,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Takes step `index` back: cotangents of its x and of the fast weights before it; the others are summed up."""
-        graph = self._graph(index, weights, learns=any(g is not None for g in d_fast))
-        results = [graph.nll, *graph.new, *graph.own]
-        own = d_rows.pop(index, len(graph.own))
-        cotangents = [d_nll, *(d_fast if graph.new else []), *own]
-        given = [(r, g.to(r.dtype)) for r, g in zip(results, cotangents, strict=True) if g is not None]
-        leaves = [graph.x, *graph.fast, *graph.past, *totals.leaves]
-        found = torch.autograd.grad([r for r, _ in given], leaves, [g for _, g in given], allow_unused=True)
-        first, last = 1 + len(graph.fast), 1 + len(graph.fast) + len(graph.past)
+        before = self._recovery.before(index, self._again)
+        leaves = self._leaves(index, before.masters)
+        through: Sequence[Tensor | None] = [None] * len(leaves.fast)
+        learns = any(g is not None for g in d_fast)
+        if learns and before.grads is not None:
+            through, along = self._update_back(before.masters, before.grads, d_fast)
+            results = self._read_along(index, weights, leaves, along, d_nll)
+        else:
+            results = self._record(index, weights, leaves, d_nll, d_fast if learns else None)
+        results += zip(leaves.own, d_rows.pop(index, len(leaves.own)), strict=True)
+        given = [(r, g.to(r.dtype)) for r, g in results if g is not None]
+        inputs = [leaves.x, *leaves.fast, *leaves.past, *totals.leaves]
+        found = torch.autograd.grad([r for r, _ in given], inputs, [g for _, g in given], allow_unused=True)
+        first, last = 1 + len(leaves.fast), 1 + len(leaves.fast) + len(leaves.past)
         d_rows.add(self._seen(self._parts[index]).start, found[first:last])
         totals.add(found[last:])
-        return found[0], list(found[1:first])
+        return found[0], [total(a, b) for a, b in zip(through, found[1:first], strict=True)]
 
     def _step(
         self, index: int, fast: FastWeights, known: Sequence[Tensor], factors: list[Factors] | None
@@ -248,25 +264,64 @@ class Sweep:
             loop.targets[:, part], caches, loop.lr, known, factors,
         )  # fmt: skip
 
-    @torch.enable_grad()
-    def _graph(self, index: int, weights: SuffixWeights, *, learns: bool) -> _Graph:
-        """Reads mini-batch `index` once more, recording; and learns from it where that matters to anything."""
-        loop, part = self._loop, self._parts[index]
-        x = self._x[:, part].detach().requires_grad_()
-        masters = [t.detach().requires_grad_() for t in flat(self._recovery.before(index, self._again))]
-        fast = FastWeights.of(by_block(masters), loop.config)
+    def _leaves(self, index: int, masters: Fast) -> _Leaves:
+        part = self._parts[index]
         past = slice(self._seen(part).start, part.start)
-        caches = [_Leaves(k[:, past], v[:, past]) for k, v in zip(self._keys, self._values, strict=True)]
+        caches = [_LeafCache(k[:, past], v[:, past]) for k, v in zip(self._keys, self._values, strict=True)]
+        fast = [t.detach().requires_grad_() for t in flat(masters)]
+        return _Leaves(self._x[:, part].detach().requires_grad_(), fast, caches)
+
+    @torch.enable_grad()
+    def _record(
+        self,
+        index: int,
+        weights: SuffixWeights,
+        leaves: _Leaves,
+        d_nll: Tensor,
+        d_fast: Sequence[Tensor | None] | None,
+    ) -> _Results:
+        """Reads mini-batch `index` once more, and learns from it where new fast weights have cotangents."""
+        loop, part = self._loop, self._parts[index]
+        fast = FastWeights.of(by_block(leaves.fast), loop.config)
         read = inner_forward(
-            loop.ops, loop.config, weights, fast, x, loop.positions[part], loop.targets[:, part], caches,
-            self._known(part), learns=learns,
+            loop.ops, loop.config, weights, fast, leaves.x, loop.positions[part], loop.targets[:, part],
+            leaves.caches, self._known(part), learns=d_fast is not None,
         )  # fmt: skip
-        new: list[Tensor] = []
-        if learns:
+        results: _Results = [(read.nll, d_nll)]
+        if d_fast is not None:
             grads = inner_gradient(loop.ops, loop.config, weights, fast, read, loop.targets[:, part])
-            new = flat(inner_update(loop.ops, loop.config, fast, grads, loop.lr)[0].masters)
-        rows = [(t for c in caches for t in c.past), (t for c in caches for t in c.own)]
-        return _Graph(x, masters, list(rows[0]), list(rows[1]), read.nll, new)
+            new, _ = inner_update(loop.ops, loop.config, fast, grads, loop.lr)
+            results += zip(flat(new.masters), d_fast, strict=True)
+        return results
+
+    @torch.enable_grad()
+    def _read_along(
+        self, index: int, weights: SuffixWeights, leaves: _Leaves, along: Sequence[Tensor], d_nll: Tensor
+    ) -> _Results:
+        """Reads mini-batch `index` once more, with what its inner loss changes by along a change of fast weights."""
+        loop, part = self._loop, self._parts[index]
+        fast = FastWeights.of(by_block(leaves.fast), loop.config)
+        dots = by_block([t.to(loop.config.torch_dtype) for t in along])
+        nll, change = loss_along(
+            loop.ops, loop.config, weights, fast, dots, leaves.x, loop.positions[part], loop.targets[:, part],
+            leaves.caches, self._known(part),
+        )  # fmt: skip
+        return [(nll, d_nll), (change, torch.ones_like(change))]
+
+    @torch.enable_grad()
+    def _update_back(
+        self, masters: Fast, grads: Sequence[Tensor], d_fast: Sequence[Tensor | None]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Takes a clipped update back: cotangents of the weights before it and of their gradients."""
+        leaves = [t.detach().requires_grad_() for t in (*flat(masters), *grads)]
+        count = len(grads)
+        fast = FastWeights(by_block(leaves[:count]), by_block(leaves[:count]))
+        new, _ = inner_update(self._loop.ops, self._loop.config, fast, leaves[count:], self._loop.lr)
+        given = [(r, g) for r, g in zip(flat(new.masters), d_fast, strict=True) if g is not None]
+        found = torch.autograd.grad(
+            [r for r, _ in given], leaves, [g for _, g in given], materialize_grads=True
+        )
+        return found[:count], found[count:]
 
     def _known(self, part: slice) -> list[Tensor]:
         """The head's results for a mini-batch that was read before, where the backend can use them."""

@@ -55,6 +55,23 @@ def test_sweeps_equal_the_graph(options: dict[str, Any], backend: str, clip: flo
     assert_same(gradients(m, tokens, backend=backend, **options), expected, 1e-9)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", SWEEPS, ids=str)
+@pytest.mark.parametrize("clip", [0.0, 2.5])
+def test_a_loss_of_one_fast_matrix(options: dict[str, Any], backend: str, clip: float) -> None:
+    """The others, and all nll, then have no cotangent."""
+    m, tokens = wide(inner_clip=clip, suffix_layers=2), stream(2 * SIZE + 1)
+
+    def found(**given: Any) -> list[Tensor]:
+        m.zero_grad()
+        loss(m, tokens, **given).fast[0][1].square().sum().backward()
+        return [b.fast_up.grad.clone() for b in m.blocks if b.has_fast]
+
+    expected = found(backend="reference", method="graph")
+    for g, e in zip(found(backend=backend, **options), expected, strict=True):
+        assert relative_error(g, e) < 1e-9
+
+
 def test_some_steps_clip_and_some_do_not() -> None:
     norms = loss(wide(), stream(5 * SIZE + 1, batch=2)).inner_norms
     assert (norms > 2.5).any()
