@@ -122,7 +122,9 @@ class Rollback:
         assert index == len(self._steps) - 1
         factors, rate = self._steps.pop()
         weights = flat(self._weights)
-        products = [g for block in zip(factors, self._like, strict=True) for g in self._ops.mlp_gradients(*block)]
+        products = [
+            g for block in zip(factors, self._like, strict=True) for g in self._ops.mlp_gradients(*block)
+        ]
         grads = [g.to(w.dtype) for g, w in zip(products, weights, strict=True)]
         back = [
             torch.addcmul(w, g, rate[:, None, None].to(w.dtype)) for w, g in zip(weights, grads, strict=True)

@@ -4,8 +4,8 @@ The sweep back goes from the last mini-batch to the first. Of each it recovers t
 builds the graph of that one inner step, and takes it backwards: the cotangents of its losses, of the new fast weights
 and of its keys and values, which later mini-batches have seen, give those of the old fast weights, of earlier keys
 and values, of the prefix blocks' output and of all slow weights. Where recovering the weights gave the step's gradient
-too, its computation is not in that graph: it is taken back through tangents (engine/tangents.py). Time is linear in the length, and nothing but what a
-recovery keeps, a few vectors a token, and one mini-batch's graph is ever held.
+too, its computation is not in that graph: it is taken back through tangents (engine/tangents.py). Time is linear in
+the length, and nothing but what a recovery keeps, a few vectors a token, and one mini-batch's graph is ever held.
 """
 
 from __future__ import annotations
@@ -353,8 +353,8 @@ class _RowCotangents:
                 self._of[index] = [
                     g.new_zeros(g.shape[0], self._size, *g.shape[2:], dtype=wide) for g in grads
                 ]
-            for total, piece in zip(self._of[index], pieces, strict=True):
-                total[:, own] += piece
+            for sum_, piece in zip(self._of[index], pieces, strict=True):
+                sum_[:, own] += piece
 
     def pop(self, index: int, count: int) -> list[Tensor | None]:
         """Those of a mini-batch's `count` tensors, None where nobody has seen them."""
@@ -374,5 +374,5 @@ class _Totals:
         for i, grad in enumerate(grads):
             if grad is None:
                 continue
-            total = self.found[i]
-            self.found[i] = grad.to(self._dtypes[i]) if total is None else total.add_(grad)
+            found = self.found[i]
+            self.found[i] = grad.to(self._dtypes[i]) if found is None else found.add_(grad)

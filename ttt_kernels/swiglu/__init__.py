@@ -6,9 +6,8 @@ from torch import Tensor
 
 from ttt_kernels import checks, tangents
 from ttt_kernels.backends import refuse_on_cpu, refuse_on_triton
-from ttt_kernels.jvp import twin
 from ttt_kernels.registry import Kernel, Operator
-from ttt_kernels.swiglu import cpu, products, reference, triton
+from ttt_kernels.swiglu import cpu, jvp, products, reference, triton
 
 
 def _fake(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +38,7 @@ operator = Operator(
     },
     refusals={"cpu": refuse_on_cpu, "triton": refuse_on_triton},
 )
-jvp_operator = twin(operator)
+jvp_operator = jvp.twin(operator)
 
 
 @dataclass(frozen=True)

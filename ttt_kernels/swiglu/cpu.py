@@ -59,7 +59,8 @@ class _Passes:
         return tuple(results)
 
 
-forward: Kernel = partial(products.forward, _Passes())
-backward: Kernel = partial(products.backward, _Passes())
-double_backward: Kernel = partial(products.double_backward, _Passes())
-factored_backward: Kernel = partial(products.factored_backward, _Passes())
+passes = _Passes()
+forward: Kernel = partial(products.forward, passes)
+backward: Kernel = partial(products.backward, passes)
+double_backward: Kernel = partial(products.double_backward, passes)
+factored_backward: Kernel = partial(products.factored_backward, passes)

@@ -101,6 +101,17 @@ def weight_gradients(
     )
 
 
+def pre_activation_tangents(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, a: Tensor | None, b: Tensor | None, c: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """G^ = a Wg^T + x b^T and U^ = a Wu^T + x c^T in x's dtype, a, b and c being tangents of x, Wg and Wu."""
+    zero = x.new_zeros(*x.shape[:-1], w_gate.shape[-2])
+    return (
+        total(zero, product(a, w_gate.mT), product(x, transposed(b))),
+        total(zero, product(a, w_up.mT), product(x, transposed(c))),
+    )
+
+
 def double_backward(
     g_x: Tensor | None,
     g_w_gate: Tensor | None,
@@ -124,13 +135,14 @@ def double_backward(
     """
     dy_, x_, gate_, up_ = matrices(w_gate, dy, x, gate, up)
     a = None if g_x is None else matrices(w_gate, g_x)[0]
-    b, c, e = (transposed(g) for g in (g_w_gate, g_w_up, g_w_down))
     compute = torch.promote_types(x.dtype, torch.float32)
     silu, slope, curve = silu_derivatives(wide(gate_))
     u = wide(up_)
     zero = torch.zeros_like(u)
-    t_gate = total(zero, product(a, w_gate.mT, compute), product(x_, b, compute))
-    t_up = total(zero, product(a, w_up.mT, compute), product(x_, c, compute))
+    t_gate, t_up = (
+        total(zero, product(a, w.mT, compute), product(x_, transposed(w_dot), compute))
+        for w, w_dot in ((w_gate, g_w_gate), (w_up, g_w_up))
+    )
     t_hidden = (slope * u * t_gate + silu * t_up).to(x.dtype)
 
     d_hidden = mm(dy_, w_down, compute)
@@ -141,7 +153,7 @@ def double_backward(
 
     d_dy = d_x = d_w_gate = d_w_up = None
     if needs[0]:
-        d_dy = total(mm(t_hidden, w_down.mT), product((silu * u).to(x.dtype), e))
+        d_dy = total(mm(t_hidden, w_down.mT), product((silu * u).to(x.dtype), transposed(g_w_down)))
     if needs[1]:
         d_x = total(mm(gate_bar, w_gate), mm(up_bar, w_up), product(d_gate, g_w_gate), product(d_up, g_w_up))
     if needs[2]:

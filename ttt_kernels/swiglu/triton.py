@@ -134,7 +134,8 @@ class _Passes:
         return tuple(results)
 
 
-forward = partial(products.forward, _Passes())
-backward = partial(products.backward, _Passes())
-double_backward = partial(products.double_backward, _Passes())
-factored_backward = partial(products.factored_backward, _Passes())
+passes = _Passes()
+forward = partial(products.forward, passes)
+backward = partial(products.backward, passes)
+double_backward = partial(products.double_backward, passes)
+factored_backward = partial(products.factored_backward, passes)
