@@ -29,7 +29,7 @@ from bench.train_child import Job, in_child
 from bench.train_report import print_comparison, print_lengths
 from engine.config import DTYPES, TTTConfig
 from engine.device import checked_device
-from engine.loss import METHODS, Method
+from engine.loss import DEFAULT_METHOD, METHODS, Method
 
 BASELINES = ("full-attention", "sliding-window")
 COMPARISONS = ("reference", *reversed(METHODS), *BASELINES)
@@ -74,7 +74,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, metavar="N", help="classes (default: the preset's)")
     parser.add_argument(
         "--method",
-        default="snapshots",
+        default=DEFAULT_METHOD,
         choices=METHODS,
         help="how the model gets at the fast weights of every step (default: %(default)s)",
     )

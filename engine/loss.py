@@ -16,7 +16,7 @@ from engine.inner import learning_rate, masked_mean
 from engine.ops import Ops
 from engine.profiling import stage
 from engine.recorded import recorded
-from engine.recovery import Recovery, Rollback, Snapshots
+from engine.recovery import Nothing, Recovery, Rollback, Snapshots
 from engine.through_time import Loop, run
 from engine.weights import (
     BlockWeights,
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from engine.model import TTTModel
 
 Method = Literal["snapshots", "rollback", "graph"]
-METHODS: tuple[Method, ...] = ("snapshots", "rollback", "graph")
+METHODS: tuple[Method, ...] = ("rollback", "snapshots", "graph")
+DEFAULT_METHOD: Method = "rollback"
 
 
 class LossOutput(NamedTuple):
@@ -56,7 +57,7 @@ def loss(
     step: int | None = None,
     *,
     backend: str | None = None,
-    method: Method = "snapshots",
+    method: Method = DEFAULT_METHOD,
     snapshot_every: int = 1,
     truncate_steps: int | None = None,
     checkpoint_blocks: bool = True,
@@ -86,7 +87,11 @@ def loss(
         norms = nll.new_empty(len(tokens), 0)
         return LossOutput(masked_mean(nll, targets, config).mean(), nll, (), norms, [], x)
 
+    goes_back = torch.is_grad_enabled()
+
     def recovery() -> Recovery:
+        if not goes_back:
+            return Nothing()
         return Rollback(ops, lr, config.inner_clip) if method == "rollback" else Snapshots(snapshot_every)
 
     lr = learning_rate(config, step)

@@ -131,7 +131,7 @@ class TTTModel(nn.Module):
         step: int | None = None,
         *,
         backend: str | None = None,
-        method: Method = "snapshots",
+        method: Method = "rollback",
         snapshot_every: int = 1,
         truncate_steps: int | None = None,
         checkpoint_blocks: bool = True,
@@ -145,9 +145,9 @@ class TTTModel(nn.Module):
             tokens: (B, T + 1) int64, T a multiple of the mini-batch size (any T without fast weights).
             step: the outer training step, for the warm-up of the inner rate; None (evaluation) is full rate.
             backend: None for the best that can run, or a backend's name.
-            method: how the gradient gets at the fast weights of every step: "snapshots" keeps those before every
-                `snapshot_every`-th and makes the others again, "rollback" rolls them backwards by the factors of
-                every step's gradient, "graph" keeps all that was computed.
+            method: how the gradient gets at the fast weights of every step: "rollback" rolls them backwards by the
+                factors of every step's gradient, "snapshots" keeps those before every `snapshot_every`-th and makes
+                the others again, "graph" keeps all that was computed.
             truncate_steps: the gradient does not go from one stretch of so many inner steps to the stretch before
                 through the fast weights (it does through attention); None: all the way.
             checkpoint_blocks: keep only their inputs of the blocks before the fast ones, and compute them again.
@@ -265,7 +265,7 @@ class TTTModel(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> TTTModel:
-        """The model that `save_pretrained` wrote to `folder`.
+        """The model that `save_pretrained` wrote to `folder`, or a trained one of the package: "tiny-stdlib".
 
         `dtype` converts embeddings and matrices; None keeps the stored one. Raises `ValueError` that says
         which file or tensor is missing, damaged or not what the configuration asks for.

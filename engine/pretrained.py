@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+_PACKAGED = Path(__file__).parent / "models"
+
+
+def packaged() -> list[str]:
+    """Names of the trained models that come with the package."""
+    return sorted(path.name for path in _PACKAGED.iterdir() if path.is_dir())
 
 
 def save_pretrained(model: TTTModel, folder: str | os.PathLike[str]) -> None:
@@ -45,12 +51,17 @@ def from_pretrained(
 ) -> TTTModel:
     """The model saved in `folder`, its embeddings and matrices in `dtype` (None: as stored), on `device`.
 
-    Raises `ValueError` that names the file and what is wrong with it: absent, damaged, or not fitting the
+    Where there is no such folder, `folder` may be the name of a model in the package. Raises `ValueError` that names the file and what is wrong with it: absent, damaged, or not fitting the
     other.
     """
-    folder = Path(folder)
+    name, folder = os.fspath(folder), Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}")
+        if name not in packaged():
+            raise ValueError(
+                f"{folder} is not a folder; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}, or the name of a "
+                f"model in the package: {', '.join(packaged())}"
+            )
+        folder = _PACKAGED / name
     config = _read_config(folder / CONFIG_FILE)
     tensors = _read_tensors(folder / WEIGHTS_FILE)
     stored = tensors["embed.weight"].dtype if "embed.weight" in tensors else torch.float32

@@ -7,7 +7,7 @@ weights are rolled backwards by what every step changed, whose gradients are pro
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,12 +28,6 @@ def bytes_per_step(config: TTTConfig, method: str, device: torch.device) -> int:
     factor = operand(torch.empty(0, dtype=config.torch_dtype, device=device)).dtype
     per_block = {"snapshots": 3 * d * i * master.itemsize, "rollback": b * (2 * d + 3 * i) * factor.itemsize}
     return config.suffix_layers * per_block[method]
-
-
-def smallest_method(config: TTTConfig, device: torch.device) -> Literal["snapshots", "rollback"]:
-    """The one that keeps less; snapshots where both keep as much, since they cost no products."""
-    snapshots, factors = (bytes_per_step(config, method, device) for method in ("snapshots", "rollback"))
-    return "rollback" if factors < snapshots else "snapshots"
 
 
 Again = Callable[[int, Fast], Fast]
@@ -63,6 +57,19 @@ class Recovery(Protocol):
 
         `again(index, weights)` takes step `index` once more and gives the weights after it.
         """
+
+
+class Nothing:
+    """Of a sweep that nobody takes back."""
+
+    wants_factors = False
+
+    def keep(self, index: int, before: FastWeights, step: InnerStep, factors: list[Factors]) -> None:
+        """See `Recovery`."""
+
+    def before(self, index: int, again: Again) -> Before:
+        """See `Recovery`."""
+        raise RuntimeError("engine: this sweep was made without gradients")
 
 
 class Snapshots:

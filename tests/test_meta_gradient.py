@@ -206,7 +206,7 @@ def test_16_bits(options: dict[str, Any], dtype: str) -> None:
 def test_wrong_options() -> None:
     m = model()
     for wrong, message in (
-        ({"method": "magic"}, "method is 'magic'; accepted are snapshots, rollback, graph"),
+        ({"method": "magic"}, "method is 'magic'; accepted are rollback, snapshots, graph"),
         ({"snapshot_every": 0}, "snapshot_every is 0"),
         ({"truncate_steps": 0}, "truncate_steps is 0"),
     ):

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from engine.device import available_bytes
+from engine.loss import DEFAULT_METHOD, METHODS
 from engine.training.run import AUTO, Run
 from engine.training.trial import Choice, Cost, try_out
 
@@ -94,9 +95,9 @@ def plans(run: Run, free: int, trial: Trial) -> Iterator[Plan]:
 
 def _ways(run: Run) -> list[tuple[str, bool]]:
     """(method, whether blocks are computed again), the ones that the run leaves open."""
-    methods = ["snapshots"]
+    methods: list[str] = [DEFAULT_METHOD]
     if run.model.suffix_layers:
-        methods = ["graph", "snapshots", "rollback"] if run.method == AUTO else [run.method]
+        methods = list(METHODS) if run.method == AUTO else [run.method]
     again = [False, True] if run.checkpoint_blocks is None else [run.checkpoint_blocks]
     return [(method, choice) for method in methods for choice in again]
 

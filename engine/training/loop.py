@@ -13,9 +13,8 @@ import torch
 from engine.config import DTYPES
 from engine.data import Batches
 from engine.inner import learning_rate as inner_rate
-from engine.loss import Method
+from engine.loss import DEFAULT_METHOD, Method
 from engine.model import TTTModel
-from engine.recovery import smallest_method
 from engine.training import checkpoint, distributed
 from engine.training.dataset import open_sequences
 from engine.training.distributed import World
@@ -70,9 +69,7 @@ class _Training:
         )
         distributed.shard(self._model, world)
         self._optimizer = make_optimizer(self._model, run.optimizer)
-        self._method = cast(
-            Method, smallest_method(config, world.device) if run.method == AUTO else run.method
-        )
+        self._method = cast(Method, DEFAULT_METHOD if run.method == AUTO else run.method)
         self._meta = {
             "data": sequences.store.fingerprint(),
             "data_seed": run.data_seed,

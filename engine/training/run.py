@@ -18,7 +18,7 @@ from engine.training.values import Values
 from engine.training.wandb_run import WandbOptions
 
 AUTO = "auto"
-"""`Run.method`: whichever keeps less."""
+"""`Run.method`: left open, for `fit` to choose; a run takes the default."""
 
 
 @dataclass(frozen=True)
