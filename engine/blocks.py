@@ -24,8 +24,8 @@ class Cache(Protocol):
         """Adds those of new tokens (B, T, H, D); returns all that their queries may see, the new ones last."""
 
 
-class AttentionTape(NamedTuple):
-    """Intermediates of an attention branch."""
+class Projected(NamedTuple):
+    """Tokens x (B, T, d) as an attention branch projects them: q, k and v (B, T, H, D), and what leads there."""
 
     x: Tensor
     rstd: Tensor
@@ -34,12 +34,20 @@ class AttentionTape(NamedTuple):
     k_raw: Tensor
     k_rstd: Tensor
     q: Tensor
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+
+
+class AttentionTape(NamedTuple):
+    """Intermediates of an attention branch."""
+
+    rows: Projected
     keys: Tensor
     values: Tensor
     saved: Any
     a: Tensor
     post_rstd: Tensor
-    positions: Tensor
 
 
 class MLPTape(NamedTuple):
@@ -65,20 +73,36 @@ def attention_forward(
     for_backward: bool,
 ) -> tuple[Tensor, AttentionTape]:
     """x (B, T, d) at `positions` (T,); returns x plus the branch."""
+    rows = project(ops, w, x, positions)
+    return attend(ops, w, rows, *cache.extend(rows.k, rows.v), window, for_backward=for_backward)
+
+
+def project(ops: Ops, w: BlockWeights, x: Tensor, positions: Tensor) -> Projected:
+    """The part of an attention branch that is each token's own: x (B, T, d) at `positions` (T,)."""
     heads = (*x.shape[:2], 3, -1, w.q_norm.shape[0])
     h, rstd = ops.norm(x, w.seq_norm)
     q_raw, k_raw, v = ops.linear(h, w.w_qkv).view(heads).unbind(2)
     q_normed, q_rstd = ops.norm(q_raw, w.q_norm)
     k_normed, k_rstd = ops.norm(k_raw, w.k_norm)
-    q = ops.rope(q_normed, positions)
-    keys, values = cache.extend(ops.rope(k_normed, positions), v)
-    o, saved = ops.attention(q, keys, values, window, for_backward=for_backward)
+    q, k = ops.rope(q_normed, positions), ops.rope(k_normed, positions)
+    return Projected(x, rstd, q_raw, q_rstd, k_raw, k_rstd, q, k, v, positions)
+
+
+def attend(
+    ops: Ops,
+    w: BlockWeights,
+    rows: Projected,
+    keys: Tensor,
+    values: Tensor,
+    window: int | None,
+    *,
+    for_backward: bool,
+) -> tuple[Tensor, AttentionTape]:
+    """The rest of it: `keys` and `values` are all that the tokens may see, their own last."""
+    o, saved = ops.attention(rows.q, keys, values, window, for_backward=for_backward)
     a = ops.linear(o.flatten(2), w.w_o)
-    out, post_rstd = ops.norm(a, w.seq_post_norm, x)
-    tape = AttentionTape(
-        x, rstd, q_raw, q_rstd, k_raw, k_rstd, q, keys, values, saved, a, post_rstd, positions
-    )
-    return out, tape
+    out, post_rstd = ops.norm(a, w.seq_post_norm, rows.x)
+    return out, AttentionTape(rows, keys, values, saved, a, post_rstd)
 
 
 def attention_backward(
@@ -86,16 +110,17 @@ def attention_backward(
 ) -> Tensor:
     """Gradient of the branch's input; cached keys and values count as constants."""
     da = ops.norm_backward(dx, tape.a, w.seq_post_norm, tape.post_rstd)
-    do = ops.linear_backward(da, w.w_o).view(tape.q.shape)
-    dq, dk, dv = ops.attention_backward(do, tape.q, tape.keys, tape.values, tape.saved, window)
+    rows = tape.rows
+    do = ops.linear_backward(da, w.w_o).view(rows.q.shape)
+    dq, dk, dv = ops.attention_backward(do, rows.q, tape.keys, tape.values, tape.saved, window)
     dq = ops.norm_backward(
-        ops.rope_backward(dq, tape.q_raw, tape.positions), tape.q_raw, w.q_norm, tape.q_rstd
+        ops.rope_backward(dq, rows.q_raw, rows.positions), rows.q_raw, w.q_norm, rows.q_rstd
     )
     dk = ops.norm_backward(
-        ops.rope_backward(dk, tape.k_raw, tape.positions), tape.k_raw, w.k_norm, tape.k_rstd
+        ops.rope_backward(dk, rows.k_raw, rows.positions), rows.k_raw, w.k_norm, rows.k_rstd
     )
     dh = ops.linear_backward(torch.stack((dq, dk, dv), 2).flatten(2), w.w_qkv)
-    return dx + ops.norm_backward(dh, tape.x, w.seq_norm, tape.rstd)
+    return dx + ops.norm_backward(dh, rows.x, w.seq_norm, rows.rstd)
 
 
 def mlp_forward(ops: Ops, w: MLPWeights, matrices: Sequence[Tensor], x: Tensor) -> tuple[Tensor, MLPTape]:

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from engine import checks
-from engine.blocks import attention_forward, mlp_forward
+from engine import checks, slabs
+from engine.blocks import prefix_forward
 from engine.config import TTTConfig
 from engine.inner import learning_rate, masked_mean
 from engine.ops import Ops
@@ -77,9 +76,7 @@ def loss(
     positions = torch.arange(targets.shape[1], device=tokens.device)
     x = torch.nn.functional.embedding(tokens[:, :-1], weights.embed).to(config.torch_dtype)
     with stage("prefix"):
-        x = _prefix(
-            ops, config, converted(weights, config.torch_dtype).prefix, x, positions, checkpoint_blocks
-        )
+        x = _prefix(ops, config, weights.prefix, x, positions, checkpoint_blocks)
     suffix = suffix_of(weights)
     if not config.suffix_layers:
         hidden, _ = ops.norm(x, suffix.final_norm)
@@ -121,18 +118,13 @@ def _prefix(
     checkpoint_blocks: bool,
 ) -> Tensor:
     """x (B, T, d) through blocks without fast weights; with `checkpoint_blocks` a graph keeps their inputs only."""
-
-    def block(x: Tensor, w: BlockWeights) -> Tensor:
-        x, _ = attention_forward(ops, w, x, positions, _NoCache(), config.window, for_backward=False)
-        x, _ = mlp_forward(ops, w.mlp, w.mlp.matrices, x)
+    if checkpoint_blocks:
+        for w in blocks:
+            x = slabs.run(ops, config, w, x, positions)
         return x
-
-    for w in blocks:
-        if checkpoint_blocks and torch.is_grad_enabled():
-            x = checkpoint(block, x, w, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x = block(x, w)
-    return x
+    caches = [_NoCache() for _ in blocks]
+    read = [converted(w, config.torch_dtype) for w in blocks]
+    return prefix_forward(ops, read, x, positions, caches, config.window)
 
 
 def _check(

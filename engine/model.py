@@ -150,7 +150,8 @@ class TTTModel(nn.Module):
                 the others again, "graph" keeps all that was computed.
             truncate_steps: the gradient does not go from one stretch of so many inner steps to the stretch before
                 through the fast weights (it does through attention); None: all the way.
-            checkpoint_blocks: keep only their inputs of the blocks before the fast ones, and compute them again.
+            checkpoint_blocks: keep only their inputs of the blocks before the fast ones, and compute them again, a
+                window's worth of tokens at a time.
 
         Raises:
             ValueError: unsuitable tokens, a negative step, an unknown method, or a backend that cannot serve.

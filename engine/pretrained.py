@@ -51,8 +51,8 @@ def from_pretrained(
 ) -> TTTModel:
     """The model saved in `folder`, its embeddings and matrices in `dtype` (None: as stored), on `device`.
 
-    Where there is no such folder, `folder` may be the name of a model in the package. Raises `ValueError` that names the file and what is wrong with it: absent, damaged, or not fitting the
-    other.
+    Where there is no such folder, `folder` may be the name of a model in the package. Raises `ValueError` that names
+    the file and what is wrong with it: absent, damaged, or not fitting the other.
     """
     name, folder = os.fspath(folder), Path(folder)
     if not folder.is_dir():

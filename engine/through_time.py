@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.config import TTTConfig
+from engine.cotangents import RowCotangents, Totals
 from engine.inner import (
     FastWeights,
     InnerStep,
@@ -201,11 +202,11 @@ class Sweep:
     def backward(self, d_nll: Tensor | None, d_final: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Cotangents of x, of every slow weight and of the first fast weights."""
         weights = mapped(self._weights, lambda t: t.detach().requires_grad_())
-        totals = _Totals(tensors(weights), [t.dtype for t in tensors(self._loop.weights)])
+        totals = Totals(tensors(weights), [t.dtype for t in tensors(self._loop.weights)])
         d_x = torch.empty_like(self._x)
         if d_nll is None:
             d_nll = torch.zeros_like(self._head[0])
-        d_rows = _RowCotangents(self._loop.config.mini_batch_size)
+        d_rows = RowCotangents(self._loop.config.mini_batch_size)
         d_fast = list(d_final)
         for index in reversed(range(len(self._parts))):
             part = self._parts[index]
@@ -231,8 +232,8 @@ class Sweep:
         weights: SuffixWeights,
         d_nll: Tensor,
         d_fast: list[Tensor | None],
-        d_rows: _RowCotangents,
-        totals: _Totals,
+        d_rows: RowCotangents,
+        totals: Totals,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Takes step `index` back: cotangents of its x and of the fast weights before it; the others are summed up."""
         before = self._recovery.before(index, self._again)
@@ -331,48 +332,3 @@ class Sweep:
         """The tokens that a mini-batch's queries may see."""
         window = self._loop.config.window
         return slice(0 if window is None else max(0, part.start - window + 1), part.stop)
-
-
-class _RowCotangents:
-    """Cotangents of keys and values, summed over the later mini-batches that have seen them."""
-
-    def __init__(self, mini_batch: int) -> None:
-        self._size = mini_batch
-        self._of: dict[int, list[Tensor]] = {}
-
-    def add(self, start: int, grads: Sequence[Tensor]) -> None:
-        """Adds those of the tokens from `start` on, (B, n, H, D) each."""
-        length = grads[0].shape[1] if grads else 0
-        for index in range(start // self._size, -(-(start + length) // self._size)):
-            first = max(start, index * self._size)
-            last = min(start + length, (index + 1) * self._size)
-            own = slice(first - index * self._size, last - index * self._size)
-            pieces = [g[:, first - start : last - start] for g in grads]
-            if index not in self._of:
-                wide = torch.promote_types(grads[0].dtype, torch.float32)
-                self._of[index] = [
-                    g.new_zeros(g.shape[0], self._size, *g.shape[2:], dtype=wide) for g in grads
-                ]
-            for sum_, piece in zip(self._of[index], pieces, strict=True):
-                sum_[:, own] += piece
-
-    def pop(self, index: int, count: int) -> list[Tensor | None]:
-        """Those of a mini-batch's `count` tensors, None where nobody has seen them."""
-        return list(self._of.pop(index, [None] * count))
-
-
-class _Totals:
-    """Cotangents of the slow weights, summed over mini-batches in the dtype that the weights are stored in."""
-
-    def __init__(self, leaves: list[Tensor], dtypes: Sequence[torch.dtype]) -> None:
-        self.leaves = leaves
-        self.found: list[Tensor | None] = [None] * len(leaves)
-        self._dtypes = dtypes
-
-    def add(self, grads: Sequence[Tensor | None]) -> None:
-        """Adds one for every leaf, None being zero; the first of each is kept and added to in place."""
-        for i, grad in enumerate(grads):
-            if grad is None:
-                continue
-            found = self.found[i]
-            self.found[i] = grad.to(self._dtypes[i]) if found is None else found.add_(grad)

@@ -67,7 +67,7 @@ class Weights(SuffixWeights):
     prefix: tuple[BlockWeights, ...]
 
 
-W = TypeVar("W", bound=SuffixWeights)
+W = TypeVar("W", bound=SuffixWeights | BlockWeights)
 _Key = tuple[Any, ...]
 _cache: weakref.WeakKeyDictionary[TTTModel, tuple[_Key, Weights]] = weakref.WeakKeyDictionary()
 
@@ -126,7 +126,7 @@ def mapped(weights: W, change: Callable[[Tensor], Tensor]) -> W:
     return cast(W, _mapped(weights, change))
 
 
-def tensors(weights: SuffixWeights) -> list[Tensor]:
+def tensors(weights: SuffixWeights | BlockWeights) -> list[Tensor]:
     """All tensors, in the order in which `mapped` sees them."""
     found: list[Tensor] = []
 

@@ -46,6 +46,10 @@ SETS, BUDGETS = "test_every_instruction_set", "within_budget"
 BUDGET, ANGLES, THRESHOLD = "test_within_budget", "test_angles_far_out", "test_at_the_threshold"
 
 
+SWEEP, RECOVERY, ALONG = (f"engine/{name}.py" for name in ("through_time", "recovery", "tangents"))
+SWEEPS, DRAWN = "test_sweeps_equal_the_graph", "test_drawn_models"
+TWIN, SLOPE = "test_within_budget and swiglu_jvp", "test_within_budget and linear_ce_slope"
+
 OPERATORS = ("swa", "swiglu", "linear_ce", "rms_norm", "rope", "clipped_sgd")
 
 
@@ -59,9 +63,14 @@ class Mutation(NamedTuple):
     test: str
 
     def module(self) -> str:
-        """The file of the test: its operator's, whose folder the file is in or whose name its name begins with."""
+        """The file of the test: that of the meta-gradient for the engine, of all operators for what is not one's own.
+
+        Else its operator's, whose folder the file is in or whose name its name begins with.
+        """
         *folders, name = Path(self.file).parts
-        if folders == ["ttt_kernels"]:
+        if folders == ["engine"]:
+            return "tests/test_meta_gradient.py"
+        if folders == ["ttt_kernels"] or self.test in (TWIN, SLOPE):
             return "tests/test_every_operator.py"
         of_folder = folders[0] == "ttt_kernels"
         operator = folders[1] if of_folder else next(o for o in OPERATORS if name.startswith(o))
@@ -124,6 +133,8 @@ MUTATIONS = (
              "at_own = at_own + (of_x * _own_rows(g_weight, own, x)).sum(1)", "", BUDGETS),
     Mutation("loss: x_bar loses dl b", "ttt_kernels/linear_ce/blockwise.py", "turn.mul_(d[:, None])", "turn.mul_(0)",
              BUDGETS),
+    Mutation("loss and slope: W's cotangent loses c x", "ttt_kernels/linear_ce/blockwise.py",
+             "operand((of_a + of_c * x).to(x.dtype))", "operand(of_a.to(x.dtype))", SLOPE),
     Mutation("SGD: l . u is l . l", "csrc/cpu/clipped_sgd.cpp", "sums[3].add(of_l, of_u)", "sums[3].add(of_l, of_l)",
              BUDGETS),
     Mutation("SGD: G loses 3 h a / n^2", "ttt_kernels/clipped_sgd/cpu.py", "eta * b - 3 * eta * h * a",
@@ -133,6 +144,26 @@ MUTATIONS = (
              "return __builtin_shufflevector(v, v, (I / 4)...)", BUDGETS),
     Mutation("a twin's inputs have no part in its tangent", "ttt_kernels/jvp.py", "tuple(total(a, b) for",
              "tuple(a for", "test_the_twin_differentiates"),
+    Mutation("swiglu's twin: H's cotangent loses t_dy e", "ttt_kernels/swiglu/jvp.py", "(dy_, of_down), (t_dy_, e))",
+             "(dy_, of_down))", TWIN),
+    Mutation("swiglu's twin: x's cotangent loses dG^ b", "ttt_kernels/swiglu/jvp.py", "(d_gate, b), (d_up, c)),",
+             "(d_up, c)),", TWIN),
+    Mutation("swiglu's twin: W_d loses H^", "ttt_kernels/swiglu/jvp.py", "(transposed(t_dy_), t_hidden)),", "),", TWIN),
+    Mutation("sweep: the weights roll on", RECOVERY, "torch.addcmul(w, g, rate", "torch.addcmul(w, g, -rate", SWEEPS),
+    Mutation("sweep: later steps do not know their weights", SWEEP, "total(a, b) for a, b in", "b for a, b in", SWEEPS),
+    Mutation("sweep: earlier keys have no cotangents", SWEEP, "sum_[:, own] += piece", "pass", SWEEPS),
+    Mutation("sweep: slow weights of the last step only", SWEEP, "if found is None else found.add_(grad)",
+             "if found is None else found", SWEEPS),
+    Mutation("sweep: cut a step late", SWEEP, "index % self.truncate_steps == 0", "index % self.truncate_steps == 1",
+             DRAWN),
+    Mutation("sweep: snapshots one step old", RECOVERY, "self._kept[i + 1] = again(i, self._kept[i])",
+             "self._kept[i + 1] = self._kept[i]", SWEEPS),
+    Mutation("tangents: values have none", ALONG, "(ops.rope(k_dot, positions), v_dot)",
+             "(ops.rope(k_dot, positions), torch.zeros_like(v_dot))", SWEEPS),
+    Mutation("tangents: keys stay where they are", ALONG, "(ops.rope(k_dot, positions), v_dot)", "(k_dot, v_dot)",
+             SWEEPS),
+    Mutation("tangents: none beside an MLP", ALONG, "ops.norm_jvp(y, w.post_norm, x, y_dot, x_dot)",
+             "ops.norm_jvp(y, w.post_norm, x, y_dot, None)", SWEEPS),
     Mutation("Triton: T loses r", T_DOUBLE, "(b_s1 - b_r) * (b_dp - b_delta)", "b_s1 * (b_dp - b_delta)", SMALL),
     Mutation("Triton: T loses D", T_DOUBLE, "(b_s1 - b_r) * (b_dp - b_delta)", "(b_s1 - b_r) * b_dp", SMALL),
     Mutation("Triton: T loses dO C^T", T_DOUBLE, "b_g = b_g + b_doc", "b_g = b_g", SMALL),

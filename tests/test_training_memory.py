@@ -17,15 +17,12 @@ SHORT, LONG = 2048, 6144
 def account(config: TTTConfig, method: str, every: int) -> float:
     """Bytes of a token at the peak of a step in float32.
 
-    Kept all the time: the inputs of the first blocks, P d. In the sweep back besides: what the recovery keeps of one
-    step in `every`; of the suffix keys and values, 2 S d, its input and that one's gradient, 2 d, and the head's
-    gradient, d. When the sweep is over, one of the first blocks is computed again for all tokens: 16 tensors of
-    width d and 6 of width i, gradients included.
+    What the recovery keeps of one step in `every`; the inputs of the first blocks, P d; of the suffix its keys and
+    values, 2 S d, its input and that one's gradient, 2 d, and the head's gradient, d.
     """
-    d, i, first = config.hidden_size, config.intermediate_size, config.prefix_layers
     recovery = bytes_per_step(config, method, CPU) / (every * config.mini_batch_size)
-    sweep = 4 * (2 * config.suffix_layers + 3) * d + recovery
-    return 4 * first * d + max(sweep, 4 * (16 * d + 6 * i))
+    vectors = config.prefix_layers + 2 * config.suffix_layers + 3
+    return recovery + 4 * vectors * config.hidden_size
 
 
 def allocated(length: int, options: dict[str, Any]) -> tuple[int, int]:

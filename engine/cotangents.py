@@ -1,0 +1,56 @@
+"""Sums over a sequence of what a sweep back through its parts finds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class RowCotangents:
+    """Cotangents of keys and values, summed over the later parts of a sequence that have seen them.
+
+    `size`: tokens of a part, a mini-batch or a slab.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._of: dict[int, list[Tensor]] = {}
+
+    def add(self, start: int, grads: Sequence[Tensor]) -> None:
+        """Adds those of the tokens from `start` on, (B, n, H, D) each."""
+        length = grads[0].shape[1] if grads else 0
+        for index in range(start // self._size, -(-(start + length) // self._size)):
+            first = max(start, index * self._size)
+            last = min(start + length, (index + 1) * self._size)
+            own = slice(first - index * self._size, last - index * self._size)
+            pieces = [g[:, first - start : last - start] for g in grads]
+            if index not in self._of:
+                wide = torch.promote_types(grads[0].dtype, torch.float32)
+                self._of[index] = [
+                    g.new_zeros(g.shape[0], self._size, *g.shape[2:], dtype=wide) for g in grads
+                ]
+            for sum_, piece in zip(self._of[index], pieces, strict=True):
+                sum_[:, own] += piece
+
+    def pop(self, index: int, count: int) -> list[Tensor | None]:
+        """Those of a part's `count` tensors, None where nobody has seen them."""
+        return list(self._of.pop(index, [None] * count))
+
+
+class Totals:
+    """Cotangents of slow weights, summed over the parts of a sequence in the dtypes that these are stored in."""
+
+    def __init__(self, leaves: list[Tensor], dtypes: Sequence[torch.dtype]) -> None:
+        self.leaves = leaves
+        self.found: list[Tensor | None] = [None] * len(leaves)
+        self._dtypes = dtypes
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        """Adds one for every leaf, None being zero; the first of each is kept and added to in place."""
+        for i, grad in enumerate(grads):
+            if grad is None:
+                continue
+            found = self.found[i]
+            self.found[i] = grad.to(self._dtypes[i]) if found is None else found.add_(grad)
