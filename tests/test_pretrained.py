@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine import TTTConfig, TTTModel
+from engine.data import Sequences, open_store
 from engine.files import atomic_write
 from engine.pretrained import CONFIG_FILE, WEIGHTS_FILE
 
@@ -174,8 +176,31 @@ def test_damage_is_refused_with_the_reason(
 
 
 def test_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere is not a folder"):
+    with pytest.raises(ValueError, match=r"nowhere is not a folder.* model in the package: tiny-stdlib"):
         TTTModel.from_pretrained(tmp_path / "nowhere")
+
+
+def test_the_trained_model_of_the_package_learns_as_it_reads() -> None:
+    """Of held-out files; beyond its window by more than it does with fast weights that stay what they are."""
+    model = TTTModel.from_pretrained("tiny-stdlib")
+    frozen = TTTModel.from_pretrained("tiny-stdlib")
+    frozen.config = replace(frozen.config, inner_lr=0.0)
+    sequences = Sequences(open_store("stdlib", None, "val", None), 1024)
+    tokens = sequences.read(range(0, len(sequences), 50))
+
+    def nll(reader: TTTModel, beyond: int) -> float:
+        return reader.prefill(tokens, reader.init_state(len(tokens))).nll[:, beyond:].mean().item()
+
+    window = model.config.window
+    assert window is not None
+    assert nll(model, 4 * window) < 1.25
+    assert nll(model, 4 * window) < nll(frozen, 4 * window) - 0.1
+
+
+def test_a_folder_goes_before_a_model_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    TTTModel(CONFIG).save_pretrained(tmp_path / "tiny-stdlib")
+    monkeypatch.chdir(tmp_path)
+    assert TTTModel.from_pretrained("tiny-stdlib").config.hidden_size == CONFIG.hidden_size
 
 
 def test_fingerprint_follows_weights_and_config(folder: Path) -> None:
