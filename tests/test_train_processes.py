@@ -14,24 +14,27 @@ from engine.training import checkpoint
 from engine.training.loop import train
 
 
-def _work(rank: int, port: int, folder: Path) -> None:
+def _work(rank: int, ports: tuple[int, int], folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    assert train(run(folder, break_step=2)) == 0
-    # As after an interruption.
-    os.environ["MASTER_PORT"] = str(port)
-    assert train(run(folder)) == 0
+    # Stopped, and gone on with; by the same port one process could meet what the other has yet to leave.
+    for port, break_step in zip(ports, (2, None), strict=True):
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        assert train(run(folder, break_step=break_step)) == 0
+
+
+def _free_ports() -> tuple[int, int]:
+    with socket.socket() as first, socket.socket() as second:
+        for free in (first, second):
+            free.bind(("127.0.0.1", 0))
+        return first.getsockname()[1], second.getsockname()[1]
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     for name in ("one", "two"):
         write_text(tmp_path / name / "text")
-    mp.spawn(_work, (port, tmp_path / "two"), nprocs=2)
+    mp.spawn(_work, (_free_ports(), tmp_path / "two"), nprocs=2)
     one, two = run(tmp_path / "one"), run(tmp_path / "two")
     assert train(one) == 0
     rows = [
