@@ -46,8 +46,10 @@ SETS, BUDGETS = "test_every_instruction_set", "within_budget"
 BUDGET, ANGLES, THRESHOLD = "test_within_budget", "test_angles_far_out", "test_at_the_threshold"
 
 
-SWEEP, RECOVERY, ALONG = (f"engine/{name}.py" for name in ("through_time", "recovery", "tangents"))
-SWEEPS, DRAWN = "test_sweeps_equal_the_graph", "test_drawn_models"
+SWEEP, SUMS, RECOVERY, ALONG = (
+    f"engine/{name}.py" for name in ("through_time", "cotangents", "recovery", "tangents")
+)
+SWEEPS = "test_sweeps_equal_the_graph"
 TWIN, SLOPE = "test_within_budget and swiglu_jvp", "test_within_budget and linear_ce_slope"
 
 OPERATORS = ("swa", "swiglu", "linear_ce", "rms_norm", "rope", "clipped_sgd")
@@ -151,11 +153,11 @@ MUTATIONS = (
     Mutation("swiglu's twin: W_d loses H^", "ttt_kernels/swiglu/jvp.py", "(transposed(t_dy_), t_hidden)),", "),", TWIN),
     Mutation("sweep: the weights roll on", RECOVERY, "torch.addcmul(w, g, rate", "torch.addcmul(w, g, -rate", SWEEPS),
     Mutation("sweep: later steps do not know their weights", SWEEP, "total(a, b) for a, b in", "b for a, b in", SWEEPS),
-    Mutation("sweep: earlier keys have no cotangents", SWEEP, "sum_[:, own] += piece", "pass", SWEEPS),
-    Mutation("sweep: slow weights of the last step only", SWEEP, "if found is None else found.add_(grad)",
+    Mutation("sweep: earlier keys have no cotangents", SUMS, "sum_[:, own] += piece", "pass", SWEEPS),
+    Mutation("sweep: slow weights of the last step only", SUMS, "if found is None else found.add_(grad)",
              "if found is None else found", SWEEPS),
-    Mutation("sweep: cut a step late", SWEEP, "index % self.truncate_steps == 0", "index % self.truncate_steps == 1",
-             DRAWN),
+    Mutation("truncation: cut a step late", SWEEP, "index % self.truncate_steps == 0",
+             "index % self.truncate_steps == 1", "test_truncated_to_one_step"),
     Mutation("sweep: snapshots one step old", RECOVERY, "self._kept[i + 1] = again(i, self._kept[i])",
              "self._kept[i + 1] = self._kept[i]", SWEEPS),
     Mutation("tangents: values have none", ALONG, "(ops.rope(k_dot, positions), v_dot)",
