@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def pulled(
+    results: Iterable[tuple[Tensor, Tensor | None]], leaves: Sequence[Tensor], *, zeros: bool = False
+) -> tuple[Any, ...]:
+    """Cotangents of the leaves of a graph, from its results with theirs, None being zero.
+
+    Those that nothing reaches are None, or with `zeros` tensors of them.
+    """
+    given = [(result, g.to(result.dtype)) for result, g in results if g is not None]
+    return torch.autograd.grad(
+        [result for result, _ in given],
+        leaves,
+        [g for _, g in given],
+        allow_unused=True,
+        materialize_grads=zeros,
+    )
 
 
 class RowCotangents:

@@ -154,7 +154,7 @@ class Ops:
     ) -> tuple[Tensor | None, Factors]:
         """Gradient of x where wanted, and those of the matrices as factors; builds no graph."""
         backward = FACTORED[self._backend["swiglu"]].backward
-        dx, factors = backward(dy, x, *matrices, gate, up, of_input)
+        dx, factors = backward(dy, x, *matrices, gate, up, (of_input, True, True, True))
         return dx, factors
 
     def mlp_gradients(self, factors: Factors, matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.blocks import Projected, attend, mlp_forward, project
 from engine.config import TTTConfig
-from engine.cotangents import RowCotangents, Totals
+from engine.cotangents import RowCotangents, Totals, pulled
 from engine.ops import Ops
 from engine.recorded import GrowingCache
 from engine.weights import BlockWeights, converted, mapped, tensors
@@ -97,9 +97,7 @@ class _Block:
                 seen = (torch.cat(pair, 1) for pair in zip(past, (own.k, own.v), strict=True))
                 y = self._rest(weights, own, *seen)
             results = [(y, dy[:, part]), *zip((own.k, own.v), d_rows.pop(index, 2), strict=True)]
-            given = [(r, g.to(r.dtype)) for r, g in results if g is not None]
-            leaves = [own.x, *past, *totals.leaves]
-            found = torch.autograd.grad([r for r, _ in given], leaves, [g for _, g in given])
+            found = pulled(results, [own.x, *past, *totals.leaves])
             d_x[:, part] = found[0]
             d_rows.add(start, found[1:3])
             totals.add(found[3:])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.config import TTTConfig
-from engine.cotangents import RowCotangents, Totals
+from engine.cotangents import RowCotangents, Totals, pulled
 from engine.inner import (
     FastWeights,
     InnerStep,
@@ -246,9 +246,7 @@ class Sweep:
         else:
             results = self._record(index, weights, leaves, d_nll, d_fast if learns else None)
         results += zip(leaves.own, d_rows.pop(index, len(leaves.own)), strict=True)
-        given = [(r, g.to(r.dtype)) for r, g in results if g is not None]
-        inputs = [leaves.x, *leaves.fast, *leaves.past, *totals.leaves]
-        found = torch.autograd.grad([r for r, _ in given], inputs, [g for _, g in given], allow_unused=True)
+        found = pulled(results, [leaves.x, *leaves.fast, *leaves.past, *totals.leaves])
         first, last = 1 + len(leaves.fast), 1 + len(leaves.fast) + len(leaves.past)
         d_rows.add(self._seen(self._parts[index]).start, found[first:last])
         totals.add(found[last:])
@@ -318,10 +316,7 @@ class Sweep:
         count = len(grads)
         fast = FastWeights(by_block(leaves[:count]), by_block(leaves[:count]))
         new, _ = inner_update(self._loop.ops, self._loop.config, fast, leaves[count:], self._loop.lr)
-        given = [(r, g) for r, g in zip(flat(new.masters), d_fast, strict=True) if g is not None]
-        found = torch.autograd.grad(
-            [r for r, _ in given], leaves, [g for _, g in given], materialize_grads=True
-        )
+        found = pulled(zip(flat(new.masters), d_fast, strict=True), leaves, zeros=True)
         return found[:count], found[count:]
 
     def _known(self, part: slice) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""A model small enough that a test can read many mini-batches."""
+"""Models small enough that a test can read many mini-batches or take many updates."""
 
 from typing import Any
 
@@ -18,6 +18,17 @@ CONFIG = TTTConfig(
     mini_batch_size=8,
     window=13,
     bos_token_id=1,
+)
+TINIER = TTTConfig.preset(
+    "tiny",
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=2,
+    suffix_layers=1,
+    mini_batch_size=8,
+    window=16,
+    vocab_size=64,
 )
 
 

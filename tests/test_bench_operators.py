@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,8 @@ from bench import (
 from bench.flops import inner_step_flops_per_token
 from engine import TTTConfig
 from ttt_kernels.registry import OPERATORS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 ORDERS = ("forward", "backward", "double-backward")
@@ -62,15 +63,6 @@ BASELINES = {
     "clipped_sgd": ("plain",),
     "inner_step": ("autograd",),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other take longer than anything here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

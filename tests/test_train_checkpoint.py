@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,41 +16,24 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from small_model import TINIER
 
 from engine import TTTConfig, TTTModel
 from engine.training import checkpoint, run_file
 from engine.training.checkpoint import export, latest, load, prune, save, steps
 from engine.training.optimizer import OptimizerOptions, make_optimizer
 
-CONFIG = TTTConfig.preset(
-    "tiny",
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=2,
-    suffix_layers=1,
-    mini_batch_size=8,
-    window=16,
-    vocab_size=64,
-)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = OptimizerOptions(lr=1e-2, warmup_steps=0, decay_steps=10)
 META = {"data": "abc", "seed": 3, "optimizer": {"lr": 0.01, "b1": 0.9}}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing by two, and on a busy machine every update would wait for the other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Run:
     """A model and its optimizer after some updates with made-up gradients."""
 
     def __init__(
-        self, config: TTTConfig = CONFIG, *, seed: int = 0, updates: int = 0, **options: Any
+        self, config: TTTConfig = TINIER, *, seed: int = 0, updates: int = 0, **options: Any
     ) -> None:
         self.model = TTTModel(config, seed=seed)
         self.optimizer = make_optimizer(self.model, replace(OPTIONS, **options))
@@ -142,7 +125,7 @@ def test_inference_sees_loaded_weights(saved: Path) -> None:
 
 def test_parameters_only(saved: Path) -> None:
     config = replace(
-        CONFIG,
+        TINIER,
         name="longer",
         window=99,
         rope_theta=2e6,
@@ -179,7 +162,7 @@ def test_saving_is_refused(saved: Path) -> None:
     with pytest.raises(ValueError, match="meta: not all of it"):
         save(saved, step=3, model=run.model, optimizer=run.optimizer, meta={"x": object()})
     with pytest.raises(ValueError, match="not the model's"):
-        save(saved, step=3, model=TTTModel(CONFIG), optimizer=run.optimizer, meta={})
+        save(saved, step=3, model=TTTModel(TINIER), optimizer=run.optimizer, meta={})
     assert [path.name for path in saved.iterdir()] == ["step-00000002"]
 
 
@@ -312,7 +295,7 @@ def refusal(run: Run, directory: Path, expected_meta: dict[str, Any] | None = No
 def test_everything_that_is_wrong_is_listed(saved: Path) -> None:
     folder = saved / "step-00000002"
     flip(folder / "__0_0.distcp", 20_000)
-    run = Run(replace(CONFIG, vocab_size=65, window=17), updates=1)
+    run = Run(replace(TINIER, vocab_size=65, window=17), updates=1)
     found = refusal(run, saved, {"data": "xyz", "optimizer": {"lr": 0.01, "b1": 0.8}, "new": 1})
     assert found[:5] == [
         "config.vocab_size is 64, expected 65",
@@ -328,7 +311,7 @@ def test_everything_that_is_wrong_is_listed(saved: Path) -> None:
 
 
 def test_other_names_are_listed(saved: Path) -> None:
-    run = Run(replace(CONFIG, num_layers=3, tie_embeddings=False), updates=1)
+    run = Run(replace(TINIER, num_layers=3, tie_embeddings=False), updates=1)
     found = refusal(run, saved)
     assert "config.num_layers is 2, expected 3" in found
     assert "tensor parameter.head.weight is missing" in found
@@ -338,7 +321,7 @@ def test_other_names_are_listed(saved: Path) -> None:
 
 
 def test_other_dtypes_are_listed(saved: Path) -> None:
-    model = TTTModel(CONFIG, dtype=torch.bfloat16)
+    model = TTTModel(TINIER, dtype=torch.bfloat16)
     optimizer = make_optimizer(model, OPTIONS)
     with pytest.raises(ValueError, match="cannot be loaded") as caught:
         load(saved, 2, model=model, optimizer=optimizer, expected_meta={})
@@ -349,7 +332,7 @@ def test_other_dtypes_are_listed(saved: Path) -> None:
 
 
 def test_parameters_only_need_the_same_shapes(saved: Path) -> None:
-    model = TTTModel(replace(CONFIG, intermediate_size=48, norm_eps=1e-5))
+    model = TTTModel(replace(TINIER, intermediate_size=48, norm_eps=1e-5))
     with pytest.raises(ValueError, match="cannot be loaded") as caught:
         load(saved, 2, model=model, optimizer=None, expected_meta={})
     assert "config.intermediate_size is 64, expected 48" in str(caught.value)
@@ -392,7 +375,7 @@ def test_prune_interrupted_leaves_no_half(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_export(tmp_path: Path, dtype: torch.dtype) -> None:
-    model = TTTModel(replace(CONFIG, bos_token_id=1), dtype=dtype, seed=5)
+    model = TTTModel(replace(TINIER, bos_token_id=1), dtype=dtype, seed=5)
     save(tmp_path / "run", step=4, model=model, optimizer=make_optimizer(model, OPTIONS), meta={})
     export(tmp_path / "run", 4, tmp_path / "model")
     assert TTTModel.from_pretrained(tmp_path / "model").fingerprint() == model.fingerprint()
@@ -403,7 +386,7 @@ def test_export(tmp_path: Path, dtype: torch.dtype) -> None:
 def test_run_json_says_what_it_belongs_to(saved: Path) -> None:
     run = json.loads((saved / "step-00000002" / "run.json").read_text())
     assert run["step"] == 2
-    assert TTTConfig.from_dict(run["config"]) == CONFIG
+    assert TTTConfig.from_dict(run["config"]) == TINIER
     assert run["meta"] == META
     assert run["versions"]["torch"] == torch.__version__
     assert set(run["files"]) == {".metadata", "__0_0.distcp"}

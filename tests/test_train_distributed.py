@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from small_model import TINIER
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from engine import TTTConfig, TTTModel
+from engine import TTTModel
 from engine.training.checkpoint import load, prune, save, steps
 from engine.training.distributed import World, cleanup, gather, mean, rank, setup, shard
 from engine.training.log import TrainLog
 from engine.training.optimizer import OptimizerOptions, clip_, learning_rate, make_optimizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZE = 2
 OPTIONS = OptimizerOptions(lr=1e-2, warmup_steps=1, decay_steps=5, init_lr=1e-3, clip=0.5)
@@ -27,28 +31,8 @@ TOKENS = torch.randint(64, (2, 4, 33), generator=torch.Generator().manual_seed(1
 ONE = World(0, 1, torch.device("cpu"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the two processes have: models this small gain nothing by more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make(dtype: torch.dtype, seed: int = 0) -> TTTModel:
-    config = TTTConfig.preset(
-        "tiny",
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=2,
-        num_heads=2,
-        suffix_layers=1,
-        mini_batch_size=8,
-        window=16,
-        vocab_size=65,
-        compute_dtype=str(dtype).removeprefix("torch."),
-    )
+    config = replace(TINIER, vocab_size=65, compute_dtype=str(dtype).removeprefix("torch."))
     return TTTModel(config, dtype=dtype, seed=seed)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,33 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from small_model import TINIER
 
 from engine import TTTConfig, TTTModel
 from engine.training.optimizer import EPS, OptimizerOptions, clip_, learning_rate, make_optimizer
 
-CONFIG = TTTConfig.preset(
-    "tiny",
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=2,
-    suffix_layers=1,
-    mini_batch_size=8,
-    window=16,
-    vocab_size=64,
-)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = OptimizerOptions(lr=3e-3, warmup_steps=2, decay_steps=5, init_lr=1e-3)
 
 Array = NDArray[np.float64]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing by two, and on a busy machine every update would wait for the other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def optax_rate(o: OptimizerOptions, step: int) -> float:
@@ -115,7 +97,7 @@ def test_updates_are_those_of_optax(decay_embeddings: bool, tie: bool) -> None:
         lr=3e-3, warmup_steps=2, decay_steps=5, init_lr=1e-3, decay_embeddings=decay_embeddings
     )
     model = TTTModel(
-        TTTConfig.from_dict(CONFIG.to_dict() | {"tie_embeddings": tie}), dtype=torch.float64, seed=1
+        TTTConfig.from_dict(TINIER.to_dict() | {"tie_embeddings": tie}), dtype=torch.float64, seed=1
     )
     optimizer = make_optimizer(model, options)
     start = {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
@@ -136,12 +118,12 @@ def test_updates_are_those_of_optax(decay_embeddings: bool, tie: bool) -> None:
 
 
 def test_starts_at_the_first_rate() -> None:
-    optimizer = make_optimizer(TTTModel(CONFIG), OPTIONS)
+    optimizer = make_optimizer(TTTModel(TINIER), OPTIONS)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3]
 
 
 def test_updates_are_seen_by_inference() -> None:
-    model = TTTModel(TTTConfig.from_dict(CONFIG.to_dict() | {"compute_dtype": "bfloat16"}))
+    model = TTTModel(TTTConfig.from_dict(TINIER.to_dict() | {"compute_dtype": "bfloat16"}))
     tokens = torch.arange(20)[None]
     first, before = model.fingerprint(), model.prefill(tokens, model.init_state()).logits
     optimizer = make_optimizer(model, OPTIONS)

@@ -46,7 +46,7 @@ class Factored:
     """A backend's backward that leaves the weights' gradients as products of thin matrices over the tokens.
 
     Attributes:
-        backward: `(dy, x, w_gate, w_up, w_down, gate, up, of_input) -> (dx or None, Factors)`.
+        backward: `(dy, x, w_gate, w_up, w_down, gate, up, needs) -> (dx or None, Factors)`.
         weight_gradients: `(Factors, w_gate, w_up, w_down) -> gradients`, of the bits that `operator.backward` gives;
             of the weights it reads shapes and dtypes.
     """

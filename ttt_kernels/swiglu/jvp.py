@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ttt_kernels.jvp import composed, twin_of_kernels
-from ttt_kernels.matmul import operand, sum_of_products
+from ttt_kernels.matmul import sum_of_products
 from ttt_kernels.registry import Kernel, Operator
 from ttt_kernels.swiglu import cpu, reference, triton
-from ttt_kernels.swiglu.products import Passes
+from ttt_kernels.swiglu.products import Passes, as_given, as_operands
 from ttt_kernels.swiglu.reference import matrices
 from ttt_kernels.tangents import transposed
 
@@ -62,9 +62,11 @@ def forward(
     w_down_dot: _Optional,
 ) -> tuple[Tensor, ...]:
     """y and y^ (x's shape), G, U, G^ and U^ (x.shape[:-1] and the intermediate size), all in x's dtype."""
-    (rows,) = _operands(matrices(w_gate, x), x)
-    (a,) = _operands((None if x_dot is None else matrices(w_gate, x_dot)[0],), x)
-    of_gate, of_up, of_down, b, c, e = _operands((w_gate, w_up, w_down, w_gate_dot, w_up_dot, w_down_dot), x)
+    (rows,) = as_operands(matrices(w_gate, x), x)
+    (a,) = as_operands((None if x_dot is None else matrices(w_gate, x_dot)[0],), x)
+    of_gate, of_up, of_down, b, c, e = as_operands(
+        (w_gate, w_up, w_down, w_gate_dot, w_up_dot, w_down_dot), x
+    )
     assert rows is not None
     assert of_gate is not None
     assert of_up is not None
@@ -78,8 +80,8 @@ def forward(
     kept = [torch.zeros_like(gate) if t is None else t for t in (t_gate, t_up)]
     shape = (*x.shape[:-1], w_gate.shape[-2])
     return (
-        *(_given(t, x.dtype, x.shape) for t in (y, t_y)),
-        *(_given(t, x.dtype, shape) for t in (gate, up, *kept)),
+        *(as_given(t, x.dtype, x.shape) for t in (y, t_y)),
+        *(as_given(t, x.dtype, shape) for t in (gate, up, *kept)),
     )
 
 
@@ -108,10 +110,12 @@ def backward(
     """
     given = matrices(w_gate, dy, t_dy, x, *(t.contiguous() for t in (gate, up, gate_dot, up_dot)))
     gate_, up_ = given[3:5]
-    dy_, t_dy_, rows, t_gate, t_up = _operands((*given[:3], *given[5:]), x)
+    dy_, t_dy_, rows, t_gate, t_up = as_operands((*given[:3], *given[5:]), x)
     assert dy_ is not None
-    (a,) = _operands((None if x_dot is None else matrices(w_gate, x_dot)[0],), x)
-    of_gate, of_up, of_down, b, c, e = _operands((w_gate, w_up, w_down, w_gate_dot, w_up_dot, w_down_dot), x)
+    (a,) = as_operands((None if x_dot is None else matrices(w_gate, x_dot)[0],), x)
+    of_gate, of_up, of_down, b, c, e = as_operands(
+        (w_gate, w_up, w_down, w_gate_dot, w_up_dot, w_down_dot), x
+    )
     of_inputs, of_tangents = any(needs[:3]), any(needs[4:7])
     has_tangents = needs[0] and (b is not None or c is not None)
 
@@ -134,16 +138,6 @@ def backward(
         ((transposed(t_dy_), hidden),),
     )
     return tuple(
-        _given(sum_of_products(*products, dtype=t.dtype), t.dtype, t.shape) if need else None
+        as_given(sum_of_products(*products, dtype=t.dtype), t.dtype, t.shape) if need else None
         for products, t, need in zip(pairs, (*like, *like), needs, strict=True)
     )
-
-
-def _operands(tensors: Sequence[_Optional], x: Tensor) -> list[_Optional]:
-    """Tensors as the products with x read them."""
-    return [None if t is None else operand(t.to(x.dtype)) for t in tensors]
-
-
-def _given(t: _Optional, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    assert t is not None
-    return t.to(dtype).reshape(shape)

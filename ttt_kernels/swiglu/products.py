@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ttt_kernels.matmul import operand, sum_of_products
 from ttt_kernels.swiglu.reference import Factors, Gradients, matrices
+from ttt_kernels.tangents import transposed
 
 Optional = Tensor | None
 
@@ -59,16 +60,13 @@ def gate_and_up(x: Tensor, w_gate: Tensor, w_up: Tensor) -> tuple[Tensor, Tensor
     return torch.matmul(x, w_gate.mT).contiguous(), torch.matmul(x, w_up.mT).contiguous()
 
 
-def _operand(t: Optional, x: Tensor) -> Optional:
-    """A weight, or what has its shape, as the products with x read it."""
-    return None if t is None else operand(t.to(x.dtype))
+def as_operands(tensors: Sequence[Optional], x: Tensor) -> list[Optional]:
+    """Tensors, or weights, as the products with x read them."""
+    return [None if t is None else operand(t.to(x.dtype)) for t in tensors]
 
 
-def _transposed(t: Optional) -> Optional:
-    return None if t is None else t.mT
-
-
-def _given(t: Optional, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+def as_given(t: Optional, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """A product in the type and the shape of what it belongs to."""
     assert t is not None
     return t.to(dtype).reshape(shape)
 
@@ -97,7 +95,7 @@ def backward(
     needs: Sequence[bool],
 ) -> Gradients:
     """As `reference.backward`."""
-    dx, factors = _backward(passes, dy, x, w_gate, w_up, w_down, gate, up, needs)
+    dx, factors = factored_backward(passes, dy, x, w_gate, w_up, w_down, gate, up, needs)
     return dx, *weight_gradients(factors, w_gate, w_up, w_down, needs[1:])
 
 
@@ -110,24 +108,9 @@ def factored_backward(
     w_down: Tensor,
     gate: Tensor,
     up: Tensor,
-    of_input: bool,
-) -> tuple[Optional, Factors]:
-    """As `reference.factored_backward`."""
-    return _backward(passes, dy, x, w_gate, w_up, w_down, gate, up, (of_input, True, True, True))
-
-
-def _backward(
-    passes: Passes,
-    dy: Tensor,
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    gate: Tensor,
-    up: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Optional, Factors]:
-    """dx, and what the weights' gradients are products of, as far as they are wanted."""
+    """As `reference.factored_backward`."""
     dy_, x_, gate_, up_ = matrices(w_gate, dy, x, gate.contiguous(), up.contiguous())
     dy_, x_ = operand(dy_), operand(x_)
     d_hidden = None
@@ -137,8 +120,8 @@ def _backward(
     d_gate, d_up, hidden = passes.backward(gate_, up_, d_hidden, dy_, wanted)
     dx = None
     if needs[0]:
-        total = sum_of_products((d_gate, _operand(w_gate, x)), (d_up, _operand(w_up, x)))
-        dx = _given(total, x.dtype, x.shape)
+        total = sum_of_products(*zip((d_gate, d_up), as_operands((w_gate, w_up), x), strict=True))
+        dx = as_given(total, x.dtype, x.shape)
     return dx, Factors(dy_, x_, d_gate, d_up, hidden)
 
 
@@ -149,7 +132,9 @@ def weight_gradients(
     dy, x, d_gate, d_up, hidden = factors
     pairs = ((d_gate, x), (d_up, x), (dy, hidden))
     return tuple(  # type: ignore[return-value]
-        _given(sum_of_products((_transposed(left), right), dtype=w.dtype), w.dtype, w.shape) if need else None
+        as_given(sum_of_products((transposed(left), right), dtype=w.dtype), w.dtype, w.shape)
+        if need
+        else None
         for (left, right), w, need in zip(pairs, (w_gate, w_up, w_down), needs, strict=True)
     )
 
@@ -173,12 +158,12 @@ def double_backward(
     dy_, x_, gate_, up_ = matrices(w_gate, dy, x, gate.contiguous(), up.contiguous())
     dy_, x_ = operand(dy_), operand(x_)
     a = None if g_x is None else operand(matrices(w_gate, g_x)[0])
-    b, c, e = (_operand(g, x) for g in (g_w_gate, g_w_up, g_w_down))
+    b, c, e = as_operands((g_w_gate, g_w_up, g_w_down), x)
     of_gate, of_up, of_down = (operand(w.to(x.dtype)) for w in (w_gate, w_up, w_down))
     of_inputs = needs[1] or needs[2] or needs[3]
 
-    t_gate = sum_of_products((a, of_gate.mT), (x_, _transposed(b)))
-    t_up = sum_of_products((a, of_up.mT), (x_, _transposed(c)))
+    t_gate = sum_of_products((a, of_gate.mT), (x_, transposed(b)))
+    t_up = sum_of_products((a, of_up.mT), (x_, transposed(c)))
     d_hidden = torch.matmul(dy_, of_down).contiguous() if of_inputs else None
     h_bar = sum_of_products((dy_, e)) if of_inputs else None
     wanted = (
@@ -194,17 +179,19 @@ def double_backward(
 
     d_dy = d_x = d_w_gate = d_w_up = d_w_down = None
     if needs[0]:
-        total = sum_of_products((t_hidden, of_down.mT), (hidden, _transposed(e)))
-        d_dy = _given(total, dy.dtype, dy.shape)
+        total = sum_of_products((t_hidden, of_down.mT), (hidden, transposed(e)))
+        d_dy = as_given(total, dy.dtype, dy.shape)
     if needs[1]:
         total = sum_of_products((gate_bar, of_gate), (up_bar, of_up), (d_gate, b), (d_up, c))
-        d_x = _given(total, x.dtype, x.shape)
+        d_x = as_given(total, x.dtype, x.shape)
     if needs[2]:
-        total = sum_of_products((_transposed(gate_bar), x_), (_transposed(d_gate), a), dtype=w_gate.dtype)
-        d_w_gate = _given(total, w_gate.dtype, w_gate.shape)
+        total = sum_of_products((transposed(gate_bar), x_), (transposed(d_gate), a), dtype=w_gate.dtype)
+        d_w_gate = as_given(total, w_gate.dtype, w_gate.shape)
     if needs[3]:
-        total = sum_of_products((_transposed(up_bar), x_), (_transposed(d_up), a), dtype=w_up.dtype)
-        d_w_up = _given(total, w_up.dtype, w_up.shape)
+        total = sum_of_products((transposed(up_bar), x_), (transposed(d_up), a), dtype=w_up.dtype)
+        d_w_up = as_given(total, w_up.dtype, w_up.shape)
     if needs[4]:
-        d_w_down = _given(sum_of_products((dy_.mT, t_hidden), dtype=w_down.dtype), w_down.dtype, w_down.shape)
+        d_w_down = as_given(
+            sum_of_products((dy_.mT, t_hidden), dtype=w_down.dtype), w_down.dtype, w_down.shape
+        )
     return d_dy, d_x, d_w_gate, d_w_up, d_w_down

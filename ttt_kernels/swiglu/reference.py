@@ -65,7 +65,7 @@ def backward(
     needs: Sequence[bool],
 ) -> Gradients:
     """dH = dy Wd, dG = dH U S', dU = dH S; dx = dG Wg + dU Wu, dWg = dG^T x, dWu = dU^T x, dWd = dy^T H."""
-    dx, factors = factored_backward(dy, x, w_gate, w_up, w_down, gate, up, needs[0])
+    dx, factors = factored_backward(dy, x, w_gate, w_up, w_down, gate, up, needs)
     return dx, *weight_gradients(factors, w_gate, w_up, w_down, needs[1:])
 
 
@@ -77,15 +77,15 @@ def factored_backward(
     w_down: Tensor,
     gate: Tensor,
     up: Tensor,
-    of_input: bool,
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, Factors]:
-    """dx where it is wanted, and the weights' gradients as factors, for `weight_gradients`."""
+    """dx, and the weights' gradients as factors for `weight_gradients`; kernels leave out what is not wanted."""
     dy_, x_, gate_, up_ = matrices(w_gate, dy, x, gate, up)
     silu, slope, _ = silu_derivatives(wide(gate_))
     d_hidden = mm(dy_, w_down, torch.promote_types(x.dtype, torch.float32))
     d_gate, d_up = (d_hidden * wide(up_) * slope).to(x.dtype), (d_hidden * silu).to(x.dtype)
     hidden = (silu * wide(up_)).to(x.dtype)
-    dx = (mm(d_gate, w_gate) + mm(d_up, w_up)).reshape(x.shape) if of_input else None
+    dx = (mm(d_gate, w_gate) + mm(d_up, w_up)).reshape(x.shape) if needs[0] else None
     return dx, Factors(dy_, x_, d_gate, d_up, hidden)
 
 
