@@ -29,7 +29,7 @@ from bench.train_child import Job, in_child
 from bench.train_report import print_comparison, print_lengths
 from engine.config import DTYPES, TTTConfig
 from engine.device import checked_device
-from engine.loss import DEFAULT_METHOD, METHODS, Method
+from engine.loss import DEFAULT_METHOD, DEFAULT_SNAPSHOT_EVERY, METHODS, Method
 
 BASELINES = ("full-attention", "sliding-window")
 COMPARISONS = ("reference", *reversed(METHODS), *BASELINES)
@@ -37,13 +37,17 @@ COMPARISONS = ("reference", *reversed(METHODS), *BASELINES)
 
 @dataclass(frozen=True)
 class Contender:
-    """A model to be measured with a backend, and how it gets its gradient, on sequences of `context` tokens."""
+    """A model to be measured with a backend, and how it gets its gradient, on sequences of `context` tokens.
+
+    snapshot_every: mini-batches between two snapshots, of the method of that name.
+    """
 
     model: str
     backend: str
     config: TTTConfig
     context: int
     method: Method
+    snapshot_every: int
     checkpoint_blocks: bool
 
     @property
@@ -79,6 +83,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="how the model gets at the fast weights of every step (default: %(default)s)",
     )
     parser.add_argument(
+        "--snapshot-every",
+        type=int,
+        metavar="N",
+        help=f"mini-batches between two snapshots, with the method of that name (default: {DEFAULT_SNAPSHOT_EVERY}, or "
+        "half of those that there are if that is less)",
+    )
+    parser.add_argument(
         "--no-checkpoint-blocks",
         dest="checkpoint_blocks",
         action="store_false",
@@ -102,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     """0; 1 where a gradient disagrees with the reference or a model failed. `ValueError` for bad input."""
     options.at_least_one(
         context=args.context, batch=args.batch, repeat=args.repeat, window=args.window,
-        mini_batch=args.mini_batch, vocab=args.vocab,
+        mini_batch=args.mini_batch, vocab=args.vocab, snapshot_every=args.snapshot_every,
     )  # fmt: skip
     device = checked_device(args.device)
     dtype = options.chosen_dtype(args.dtype, device)
@@ -173,9 +184,12 @@ def chosen_contenders(args: argparse.Namespace, config: TTTConfig, backend: str)
                 f"{config.mini_batch_size}"
             )
     own = [
-        Contender("ttt-e2e", backend, config, context, args.method, args.checkpoint_blocks)
+        Contender(
+            "ttt-e2e", backend, config, context, args.method, chosen_stretch(args, config, context),
+            args.checkpoint_blocks,
+        )
         for context in contexts
-    ]
+    ]  # fmt: skip
     if args.lengths is not None:
         return own
     compare = "reference,full-attention" if args.compare is None else args.compare
@@ -198,6 +212,13 @@ def compared(name: str, own: Contender) -> Contender:
     return replace(own, method=next(method for method in METHODS if method == name))
 
 
+def chosen_stretch(args: argparse.Namespace, config: TTTConfig, context: int) -> int:
+    """Mini-batches between two snapshots: without an option, so many that there are two."""
+    if args.snapshot_every is not None:
+        return int(args.snapshot_every)
+    return min(DEFAULT_SNAPSHOT_EVERY, max(1, context // config.mini_batch_size // 2))
+
+
 def chosen_lengths(given: str) -> list[int]:
     """The numbers in a list with commas, each at least 1."""
     try:
@@ -214,14 +235,16 @@ def job(contender: Contender, tokens: torch.Tensor, repeat: int, device: torch.d
     path = str(Path(folder, f"{contender.context}.npy"))
     np.save(path, tokens[:, : contender.context + 1].numpy())
     return Job(
-        "measure", contender.config.to_dict(), contender.backend, contender.method, contender.checkpoint_blocks,
-        str(device), path, repeat,
+        "measure", contender.config.to_dict(), contender.backend, contender.method, contender.snapshot_every,
+        contender.checkpoint_blocks, str(device), path, repeat,
     )  # fmt: skip
 
 
 def to_be_checked(work: list[tuple[Contender, Job]]) -> list[tuple[Contender, Job]]:
     """Those that are not the oracle itself; of a model at several contexts one, since all are checked at one length."""
-    different = {replace(contender, context=0): (contender, job) for contender, job in reversed(work)}
+    different = {
+        replace(contender, context=0, snapshot_every=1): (contender, job) for contender, job in reversed(work)
+    }
     return [
         (c, j)
         for c, j in reversed(different.values())
@@ -236,6 +259,7 @@ def row(contender: Contender, result: dict[str, Any], peak: float) -> dict[str, 
     return {
         "model": contender.model,
         "method": contender.chosen_method,
+        "snapshot_every": contender.snapshot_every if contender.chosen_method == "snapshots" else None,
         "backend": contender.backend,
         "checkpoint_blocks": contender.checkpoint_blocks,
         "context": contender.context,

@@ -40,6 +40,7 @@ class Job:
     config: dict[str, Any]
     backend: str
     method: Method
+    snapshot_every: int
     checkpoint_blocks: bool
     device: str
     tokens: str
@@ -103,7 +104,8 @@ def check(job: Job) -> dict[str, Any]:
             parameter.copy_(parameter.to(config.torch_dtype))
     exact = TTTModel(replace(config, compute_dtype="float64"), dtype=torch.float64, device=job.device)
     exact.load_state_dict(model.state_dict())
-    _step(model, tokens, job)
+    # A snapshot at every mini-batch, since there are few.
+    _step(model, tokens, replace(job, snapshot_every=1))
     progress(".")
     _step(exact, tokens, replace(job, backend="reference", method="graph", checkpoint_blocks=False))
     progress(".")
@@ -146,8 +148,13 @@ def _model(config: TTTConfig, device: torch.device) -> TTTModel:
 def _step(model: TTTModel, tokens: Tensor, job: Job) -> Tensor:
     """The loss, and every parameter's gradient in its `grad`."""
     model.zero_grad()
-    options: dict[str, Any] = {"method": job.method, "checkpoint_blocks": job.checkpoint_blocks}
-    loss = model.loss(tokens, backend=job.backend, **options).loss
+    loss = model.loss(
+        tokens,
+        backend=job.backend,
+        method=job.method,
+        snapshot_every=job.snapshot_every,
+        checkpoint_blocks=job.checkpoint_blocks,
+    ).loss
     loss.backward()
     return loss.detach()
 

@@ -29,7 +29,7 @@ def pulled(
 class RowCotangents:
     """Cotangents of keys and values, summed over the later parts of a sequence that have seen them.
 
-    `size`: tokens of a part, a mini-batch or a slab.
+    `size`: tokens of a part: a mini-batch, a slab or a stretch. Tokens before the first part count from -1 down.
     """
 
     def __init__(self, size: int) -> None:
@@ -52,9 +52,32 @@ class RowCotangents:
             for sum_, piece in zip(self._of[index], pieces, strict=True):
                 sum_[:, own] += piece
 
-    def pop(self, index: int, count: int) -> list[Tensor | None]:
-        """Those of a part's `count` tensors, None where nobody has seen them."""
-        return list(self._of.pop(index, [None] * count))
+    def add_last(self, length: int, grads: Sequence[Tensor | None]) -> None:
+        """Adds those of the last of `length` tokens, (B, n, H, D) each; either all are there or none."""
+        given = [g for g in grads if g is not None]
+        if given:
+            self.add(length - given[0].shape[1], given)
+
+    def pop(self, index: int, like: Sequence[Tensor], skipped: int = 0) -> list[Tensor | None]:
+        """Those of a part's tensors, (B, n, H, D) each as `like`, which is without the part's first `skipped` tokens.
+
+        None where nobody has seen them.
+        """
+        found = self._of.pop(index, None)
+        if found is None:
+            return [None] * len(like)
+        return [g[:, skipped : skipped + t.shape[1]] for g, t in zip(found, like, strict=True)]
+
+    def before(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """Those of the tokens before the first part, (B, n, H, D) each as `like`."""
+        length = like[0].shape[1]
+        parts = [self._of.pop(index, None) for index in range(-length // self._size, 0)]
+        found = []
+        for i, t in enumerate(like):
+            zeros = t.new_zeros(t.shape[0], self._size, *t.shape[2:])
+            whole = torch.cat([t[:, :0], *(zeros if part is None else part[i] for part in parts)], 1)
+            found.append(whole[:, whole.shape[1] - length :])
+        return found
 
 
 class Totals:

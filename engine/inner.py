@@ -168,7 +168,6 @@ def inner_step(
     targets: Tensor,
     caches: Sequence[Cache],
     lr: float,
-    known: Sequence[Tensor] = (),
     kept: list[Factors] | None = None,
 ) -> InnerStep:
     """From the prefix blocks' outputs (B, b, d) to new fast weights.
@@ -179,7 +178,7 @@ def inner_step(
     its results it holds the intermediates of this mini-batch. Where a graph is recorded it is differentiable with
     respect to everything.
     """
-    read = inner_forward(ops, config, weights, fast, x, positions, targets, caches, known)
+    read = inner_forward(ops, config, weights, fast, x, positions, targets, caches)
     grads = inner_gradient(ops, config, weights, fast, read, targets, kept)
     new, norm = inner_update(ops, config, fast, grads, lr)
     return InnerStep(read, new, grads, norm)

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from engine import checks, slabs
-from engine.blocks import prefix_forward
-from engine.config import TTTConfig
+from engine import checks, recorded, snapshots
+from engine.caches import no_rows
 from engine.inner import learning_rate, masked_mean
 from engine.ops import Ops
-from engine.profiling import stage
-from engine.recorded import recorded
-from engine.recovery import Nothing, Recovery, Rollback, Snapshots
-from engine.through_time import Loop, run
-from engine.weights import (
-    BlockWeights,
-    Fast,
-    converted,
-    initial_fast,
-    stored,
-    suffix_of,
-)
+from engine.stretch import Reader
+from engine.weights import Fast, initial_fast, stored
 
 if TYPE_CHECKING:
     from engine.model import TTTModel
@@ -32,6 +20,7 @@ if TYPE_CHECKING:
 Method = Literal["snapshots", "rollback", "graph"]
 METHODS: tuple[Method, ...] = ("rollback", "snapshots", "graph")
 DEFAULT_METHOD: Method = "rollback"
+DEFAULT_SNAPSHOT_EVERY = 16
 
 
 class LossOutput(NamedTuple):
@@ -57,7 +46,7 @@ def loss(
     *,
     backend: str | None = None,
     method: Method = DEFAULT_METHOD,
-    snapshot_every: int = 1,
+    snapshot_every: int = DEFAULT_SNAPSHOT_EVERY,
     truncate_steps: int | None = None,
     checkpoint_blocks: bool = True,
     keep_inner_grads: int = 0,
@@ -70,61 +59,31 @@ def loss(
     config = model.config
     _check(model, tokens, step, method, snapshot_every, truncate_steps)
     tokens = tokens.long()
-    ops = Ops(model, backend)
-    weights = stored(model)
     targets = tokens[:, 1:]
-    positions = torch.arange(targets.shape[1], device=tokens.device)
-    x = torch.nn.functional.embedding(tokens[:, :-1], weights.embed).to(config.torch_dtype)
-    with stage("prefix"):
-        x = _prefix(ops, config, weights.prefix, x, positions, checkpoint_blocks)
-    suffix = suffix_of(weights)
+    weights = stored(model)
+    lr = learning_rate(config, step)
+    ops = Ops(model, backend)
+    reader = Reader(ops, config, lr, truncate_steps, checkpoint_blocks, keep_inner_grads)
+    nothing = no_rows(config, config.num_layers, tokens)
     if not config.suffix_layers:
-        hidden, _ = ops.norm(x, suffix.final_norm)
-        nll = ops.nll(hidden, suffix.head.to(config.torch_dtype), targets)
+        x, _ = reader.prefix(weights, tokens[:, :-1], 0, nothing)
+        hidden, _ = ops.norm(x, weights.final_norm)
+        nll = ops.nll(hidden, weights.head.to(config.torch_dtype), targets)
         norms = nll.new_empty(len(tokens), 0)
         return LossOutput(masked_mean(nll, targets, config).mean(), nll, (), norms, [], x)
 
-    goes_back = torch.is_grad_enabled()
-
-    def recovery() -> Recovery:
-        if not goes_back:
-            return Nothing()
-        return Rollback(ops, lr, config.inner_clip) if method == "rollback" else Snapshots(snapshot_every)
-
-    lr = learning_rate(config, step)
     masters = initial_fast(model, len(tokens))
-    loop = Loop(ops, config, suffix, positions, targets, lr, recovery, truncate_steps, keep_inner_grads)
-    nll, fast = recorded(loop, x, masters) if method == "graph" else run(loop, x, masters)
+    if method == "graph":
+        read = recorded.run(reader, weights, tokens, masters)
+    elif method == "snapshots" and targets.shape[1] > snapshot_every * config.mini_batch_size:
+        read = snapshots.run(reader, weights, tokens, masters, snapshot_every)
+    else:
+        read = reader.read(weights, tokens, 0, nothing, masters)
     # (B, steps, b): a mini-batch counts as much as another, whatever it has of targets that count.
     shape = (len(tokens), -1, config.mini_batch_size)
-    mean = masked_mean(nll.view(shape), targets.reshape(shape), config).mean()
-    return LossOutput(mean, nll, fast, torch.stack(loop.norms, 1), loop.inner_grads, x)
-
-
-class _NoCache:
-    """Of a sequence that is read whole there is nothing before."""
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """See `engine.blocks.Cache`."""
-        return k, v
-
-
-def _prefix(
-    ops: Ops,
-    config: TTTConfig,
-    blocks: Sequence[BlockWeights],
-    x: Tensor,
-    positions: Tensor,
-    checkpoint_blocks: bool,
-) -> Tensor:
-    """x (B, T, d) through blocks without fast weights; with `checkpoint_blocks` a graph keeps their inputs only."""
-    if checkpoint_blocks:
-        for w in blocks:
-            x = slabs.run(ops, config, w, x, positions)
-        return x
-    caches = [_NoCache() for _ in blocks]
-    read = [converted(w, config.torch_dtype) for w in blocks]
-    return prefix_forward(ops, read, x, positions, caches, config.window)
+    mean = masked_mean(read.nll.view(shape), targets.reshape(shape), config).mean()
+    norms = torch.stack(read.norms, 1)
+    return LossOutput(mean, read.nll, read.fast, norms, read.inner_grads, read.prefix_output)
 
 
 def _check(

@@ -132,7 +132,7 @@ class TTTModel(nn.Module):
         *,
         backend: str | None = None,
         method: Method = "rollback",
-        snapshot_every: int = 1,
+        snapshot_every: int = 16,
         truncate_steps: int | None = None,
         checkpoint_blocks: bool = True,
     ) -> LossOutput:
@@ -146,8 +146,10 @@ class TTTModel(nn.Module):
             step: the outer training step, for the warm-up of the inner rate; None (evaluation) is full rate.
             backend: None for the best that can run, or a backend's name.
             method: how the gradient gets at the fast weights of every step: "rollback" rolls them backwards by the
-                factors of every step's gradient, "snapshots" keeps those before every `snapshot_every`-th and makes
-                the others again, "graph" keeps all that was computed.
+                factors of every step's gradient; "snapshots" keeps the whole state at every `snapshot_every`-th step
+                and reads the stretch after it again, which it takes back by rollback; "graph" keeps all that was
+                computed.
+            snapshot_every: inner steps of such a stretch. Shorter sequences are taken back by rollback alone.
             truncate_steps: the gradient does not go from one stretch of so many inner steps to the stretch before
                 through the fast weights (it does through attention); None: all the way.
             checkpoint_blocks: keep only their inputs of the blocks before the fast ones, and compute them again, a

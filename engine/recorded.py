@@ -9,44 +9,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.inner import FastWeights, by_block, inner_step
+from engine.caches import GrowingCache, by_cache, no_rows
+from engine.inner import FastWeights, by_block, flat, inner_step
 from engine.profiling import stage
-from engine.through_time import Loop
-from engine.weights import Fast, converted
+from engine.stretch import Read, Reader
+from engine.weights import Fast, Weights, converted
 
 
-class GrowingCache:
-    """Keys and values as a graph needs them: never written in place, those outside the window dropped."""
-
-    def __init__(self, window: int | None) -> None:
-        self._window = window
-        self._past: tuple[Tensor, Tensor] | None = None
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """See `engine.blocks.Cache`."""
-        if self._past is not None:
-            k, v = torch.cat((self._past[0], k), 1), torch.cat((self._past[1], v), 1)
-        start = 0 if self._window is None else max(0, k.shape[1] - self._window + 1)
-        self._past = (k[:, start:], v[:, start:])
-        return k, v
-
-
-def recorded(loop: Loop, x: Tensor, masters: Fast) -> tuple[Tensor, Fast]:
-    """As `through_time.run`."""
-    config = loop.config
-    weights = converted(loop.weights, config.torch_dtype)
+def run(reader: Reader, weights: Weights, tokens: Tensor, masters: Fast) -> Read:
+    """Reads tokens (B, T + 1) from their first on; there are no `rows`."""
+    config = reader.config
+    past = no_rows(config, config.num_layers, tokens)
+    x, _ = reader.prefix(weights, tokens[:, :-1], 0, past)
+    loop = reader.loop(weights, tokens, 0)
+    suffix = converted(loop.weights, config.torch_dtype)
     fast = FastWeights.of(masters, config)
-    caches = [GrowingCache(config.window) for _ in weights.suffix]
+    caches = [GrowingCache(config.window, *pair) for pair in by_cache(past[2 * config.prefix_layers :])]
     nlls = []
     for index, part in enumerate(loop.parts):
         if loop.is_cut(index):
-            fast = FastWeights.of(by_block([t.detach() for block in fast.masters for t in block]), config)
+            fast = FastWeights.of(by_block([t.detach() for t in flat(fast.masters)]), config)
         with stage("inner step"):
             step = inner_step(
-                loop.ops, config, weights, fast, x[:, part], loop.positions[part], loop.targets[:, part], caches,
+                loop.ops, config, suffix, fast, x[:, part], loop.positions[part], loop.targets[:, part], caches,
                 loop.lr,
             )  # fmt: skip
         loop.note(step)
         nlls.append(step.read.nll)
         fast = step.fast
-    return torch.cat(nlls, 1), fast.masters
+    return Read(torch.cat(nlls, 1), fast.masters, [], x, loop.norms, loop.inner_grads)

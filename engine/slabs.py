@@ -14,40 +14,57 @@ import torch
 from torch import Tensor
 
 from engine.blocks import Projected, attend, mlp_forward, project
+from engine.caches import GrowingCache, first_seen, last_rows
 from engine.config import TTTConfig
 from engine.cotangents import RowCotangents, Totals, pulled
 from engine.ops import Ops
-from engine.recorded import GrowingCache
 from engine.weights import BlockWeights, converted, mapped, tensors
 
 _UNBOUNDED = 2048
 """Tokens of a slab where attention has no window."""
 
 
-def run(ops: Ops, config: TTTConfig, weights: BlockWeights, x: Tensor, positions: Tensor) -> Tensor:
+def run(
+    ops: Ops,
+    config: TTTConfig,
+    weights: BlockWeights,
+    x: Tensor,
+    positions: Tensor,
+    past: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
     """x (B, T, d) at `positions` (T,) through a block whose weights are given as stored.
 
-    Differentiable once with respect to x and the weights; a second time raises.
+    Args:
+        past: keys and values (B, n, H, D) of the tokens before.
+
+    Returns:
+        The block's output, and those keys and values (B, n', H, D) of x that later tokens may see. Differentiable
+        once with respect to x, `past` and the weights; a second time raises.
     """
-    result: Tensor = _Node.apply(_Block(ops, config, weights, positions), x, *tensors(weights))
+    result: tuple[Tensor, Tensor, Tensor] = _Node.apply(
+        _Block(ops, config, weights, positions), x, *past, *tensors(weights)
+    )
     return result
 
 
 class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, block: _Block, x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *weights)
+    def forward(
+        ctx: Any, block: _Block, x: Tensor, k: Tensor, v: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, k, v, *weights)
+        ctx.set_materialize_grads(False)
         ctx.block = block
-        return block.forward(x)
+        return block.forward(x, (k, v))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "engine: with checkpoint_blocks the gradient cannot itself be differentiated (create_graph=True)"
             )
-        x, *_ = ctx.saved_tensors
-        return None, *ctx.block.backward(x, dy)
+        x, k, v, *_ = ctx.saved_tensors
+        return None, *ctx.block.backward(x, (k, v), *cotangents)
 
 
 class _Block:
@@ -64,44 +81,56 @@ class _Block:
         ]
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         weights = converted(self._stored, self._config.torch_dtype)
-        cache = GrowingCache(self._config.window)
+        cache = GrowingCache(self._config.window, *past)
         y = torch.empty_like(x)
+        k, v = (t[:, :0] for t in past)
         for part in self._parts:
             rows = project(self._ops, weights, x[:, part], self._positions[part])
+            k, v = (last_rows(pair, self._config.window) for pair in ((k, rows.k), (v, rows.v)))
             y[:, part] = self._rest(weights, rows, *cache.extend(rows.k, rows.v))
-        return y
+        return y, k, v
 
-    def backward(self, x: Tensor, dy: Tensor) -> list[Tensor | None]:
-        """Cotangents of x and of every weight."""
+    def backward(
+        self,
+        x: Tensor,
+        given: tuple[Tensor, Tensor],
+        dy: Tensor | None,
+        dk: Tensor | None,
+        dv: Tensor | None,
+    ) -> list[Tensor | None]:
+        """Cotangents of x, of the keys and values before it and of every weight."""
         weights = mapped(converted(self._stored, self._config.torch_dtype), _leaf)
         totals = Totals(tensors(weights), [t.dtype for t in tensors(self._stored)])
         d_x = torch.empty_like(x)
+        if dy is None:
+            dy = torch.zeros_like(x)
         d_rows = RowCotangents(self._size)
+        d_rows.add_last(x.shape[1], (dk, dv))
         slabs: dict[int, Projected] = {}
         for index in reversed(range(len(self._parts))):
-            part, window = self._parts[index], self._config.window
-            start = 0 if window is None else max(0, part.start - window + 1)
-            first = start // self._size
+            part = self._parts[index]
+            start = first_seen(part.start, self._config.window, given[0].shape[1])
+            first = max(0, start) // self._size
             for i in range(first, index + 1):
                 if i not in slabs:
                     slabs[i] = self._projected(i, weights, x)
             before = [slabs[i] for i in range(first, index)]
             own = slabs.pop(index)
             past = [
-                _last([getattr(slab, name) for slab in before], part.start - start, like=getattr(own, name))
-                for name in ("k", "v")
+                _last([earlier, *(getattr(slab, name) for slab in before)], part.start - start)
+                for name, earlier in zip(("k", "v"), given, strict=True)
             ]
             with torch.enable_grad():
                 seen = (torch.cat(pair, 1) for pair in zip(past, (own.k, own.v), strict=True))
                 y = self._rest(weights, own, *seen)
-            results = [(y, dy[:, part]), *zip((own.k, own.v), d_rows.pop(index, 2), strict=True)]
+            results = [(y, dy[:, part]), *zip((own.k, own.v), d_rows.pop(index, (own.k, own.v)), strict=True)]
             found = pulled(results, [own.x, *past, *totals.leaves])
             d_x[:, part] = found[0]
             d_rows.add(start, found[1:3])
             totals.add(found[3:])
-        return [d_x, *totals.found]
+        return [d_x, *d_rows.before(given), *totals.found]
 
     @torch.enable_grad()
     def _projected(self, index: int, weights: BlockWeights, x: Tensor) -> Projected:
@@ -117,7 +146,7 @@ def _leaf(t: Tensor) -> Tensor:
     return t.detach().requires_grad_()
 
 
-def _last(slabs: list[Tensor], length: int, like: Tensor) -> Tensor:
-    """The last `length` rows of slabs, none of which may be there, as a leaf."""
-    whole = torch.cat([t.detach() for t in (*slabs, like[:, :0])], 1)
+def _last(pieces: list[Tensor], length: int) -> Tensor:
+    """The last `length` rows of pieces, as a leaf."""
+    whole = torch.cat([t.detach() for t in pieces], 1)
     return _leaf(whole[:, whole.shape[1] - length :])

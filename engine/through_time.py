@@ -1,22 +1,23 @@
 """The inner loop as one node of autograd: a sweep forward without a graph, and a sweep back that needs little memory.
 
-The sweep back goes from the last mini-batch to the first. Of each it recovers the fast weights (engine/recovery.py),
-builds the graph of that one inner step, and takes it backwards: the cotangents of its losses, of the new fast weights
-and of its keys and values, which later mini-batches have seen, give those of the old fast weights, of earlier keys
-and values, of the prefix blocks' output and of all slow weights. Where recovering the weights gave the step's gradient
-too, its computation is not in that graph: it is taken back through tangents (engine/tangents.py). Time is linear in
-the length, and nothing but what a recovery keeps, a few vectors a token, and one mini-batch's graph is ever held.
+The sweep back goes from the last mini-batch to the first. Of each it recovers the fast weights and the inner gradient
+(engine/rollback.py), builds the graph of reading it, and takes that backwards: the cotangents of its losses, of the new
+fast weights and of its keys and values, which later mini-batches have seen, give those of the old fast weights, of
+earlier keys and values, of the prefix blocks' output and of all slow weights. The computation of the inner gradient is
+not in that graph: it is taken back through tangents (engine/tangents.py). Time is linear in the length, and nothing but
+what a rollback keeps, a few vectors a token, and one mini-batch's graph is ever held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from engine.caches import RecordedCache, by_cache, first_seen, limit
 from engine.config import TTTConfig
 from engine.cotangents import RowCotangents, Totals, pulled
 from engine.inner import (
@@ -25,13 +26,12 @@ from engine.inner import (
     by_block,
     flat,
     inner_forward,
-    inner_gradient,
     inner_step,
     inner_update,
 )
 from engine.ops import Ops
 from engine.profiling import stage
-from engine.recovery import Recovery
+from engine.rollback import Rollback
 from engine.tangents import loss_along
 from engine.weights import Fast, SuffixWeights, converted, mapped, tensors
 from ttt_kernels.swiglu.reference import Factors
@@ -45,7 +45,7 @@ class Loop:
     Attributes:
         weights: the slow weights, as stored.
         positions: (T,) int64. targets: (B, T) int64. lr: inner learning rate.
-        recovery: makes the memory of a sweep.
+        first_step: inner steps that were taken before.
         truncate_steps: cotangents of fast weights are dropped at every so many steps; None: never.
         keep_inner_grads: of how many first steps `inner_grads` is wanted.
         norms: a (B,) norm for each step, filled in.
@@ -58,7 +58,7 @@ class Loop:
     positions: Tensor
     targets: Tensor
     lr: float
-    recovery: Callable[[], Recovery]
+    first_step: int = 0
     truncate_steps: int | None = None
     keep_inner_grads: int = 0
     norms: list[Tensor] = field(default_factory=list)
@@ -72,6 +72,7 @@ class Loop:
 
     def is_cut(self, index: int) -> bool:
         """Whether the gradient stops at the fast weights that step `index` starts from."""
+        index += self.first_step
         return self.truncate_steps is not None and index > 0 and index % self.truncate_steps == 0
 
     def note(self, step: InnerStep) -> None:
@@ -81,32 +82,36 @@ class Loop:
             self.inner_grads.append(by_block([g.detach() for g in step.grads]))
 
 
-def run(loop: Loop, x: Tensor, masters: Fast) -> tuple[Tensor, Fast]:
+def run(loop: Loop, x: Tensor, masters: Fast, past: Sequence[Tensor]) -> tuple[Tensor, Fast, list[Tensor]]:
     """Reads x (B, T, d), the prefix blocks' outputs, mini-batch by mini-batch from the fast weights `masters`.
 
+    Args:
+        past: keys and values (B, n, H, D) of the tokens before, of every suffix block.
+
     Returns:
-        nll (B, T) of all targets and the fast weights after the last step, differentiable once with respect to x,
-        `masters` and the slow weights; a second time raises.
+        nll (B, T) of all targets, the fast weights after the last step, and those keys and values (B, n', H, D) of x
+        that later tokens may see; differentiable once with respect to x, `masters`, `past` and the slow weights; a
+        second time raises.
     """
-    slow = tensors(loop.weights)
-    nll, *final = _Node.apply(loop, x, *slow, *flat(masters))
-    return nll, by_block(final)
+    slow, count = tensors(loop.weights), len(flat(masters))
+    sweep = Sweep(loop, x, past, goes_back=torch.is_grad_enabled())
+    nll, *results = _Node.apply(sweep, x, *past, *slow, *flat(masters))
+    return nll, by_block(results[:count]), results[count:]
 
 
 class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loop: Loop, x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-        sweep = Sweep(loop, x)
-        nll, final = sweep.forward(by_block(given[len(tensors(loop.weights)) :]))
+    def forward(ctx: Any, sweep: Sweep, x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        nll, final, rows = sweep.forward(by_block(given[-3 * sweep.blocks :]))
         # Saved for the check that nobody changes them before the sweep back.
         ctx.save_for_backward(x, *given)
         # What nobody uses has no cotangent, and costs nothing.
         ctx.set_materialize_grads(False)
         ctx.sweep = sweep
-        return nll, *flat(final)
+        return nll, *flat(final), *rows
 
     @staticmethod
-    def backward(ctx: Any, d_nll: Tensor | None, *d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_nll: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "engine: the gradient through the inner loop cannot itself be differentiated (create_graph=True)"
@@ -116,11 +121,12 @@ class _Node(torch.autograd.Function):
         sweep, ctx.sweep = ctx.sweep, None
         if sweep is None:
             raise RuntimeError("engine: a graph through the inner loop can be taken back only once")
-        return None, *sweep.backward(d_nll, d_final)
+        count = 3 * sweep.blocks
+        return None, *sweep.backward(d_nll, rest[:count], rest[count:])
 
 
 class _Rows:
-    """A cache over the keys and values of all tokens, at one mini-batch: new ones are written in place."""
+    """A cache over the rows of all keys and values, at one mini-batch: new ones are written in place."""
 
     def __init__(self, keys: Tensor, values: Tensor, seen: slice, own: slice) -> None:
         self._keys, self._values, self._seen, self._own = keys, values, seen, own
@@ -131,26 +137,12 @@ class _Rows:
         return self._keys[:, self._seen], self._values[:, self._seen]
 
 
-class _LeafCache:
-    """A cache that is part of a graph: earlier keys and values are leaves, the new ones are remembered."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.past = [keys.detach().requires_grad_(), values.detach().requires_grad_()]
-        self.own: list[Tensor] = []
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """See `engine.blocks.Cache`."""
-        self.own = [k, v]
-        keys, values = (torch.cat((past, new), 1) for past, new in zip(self.past, self.own, strict=True))
-        return keys, values
-
-
 class _Leaves(NamedTuple):
     """What the graph of one mini-batch starts from: x (B, b, d), fp32 fast weights, and keys and values by block."""
 
     x: Tensor
     fast: list[Tensor]
-    caches: list[_LeafCache]
+    caches: list[RecordedCache]
 
     @property
     def past(self) -> list[Tensor]:
@@ -170,58 +162,70 @@ _Results = list[tuple[Tensor, Tensor | None]]
 class Sweep:
     """One run of the inner loop: forward once, then back once."""
 
-    def __init__(self, loop: Loop, x: Tensor) -> None:
+    def __init__(self, loop: Loop, x: Tensor, past: Sequence[Tensor], *, goes_back: bool) -> None:
         config = loop.config
         self._loop = loop
         self._x = x.detach()
         self._weights = converted(mapped(loop.weights, Tensor.detach), config.torch_dtype)
         self._parts = loop.parts
-        self._recovery = loop.recovery()
-        shape = (*x.shape[:2], config.num_heads, config.head_dim)
-        self._keys, self._values = ([x.new_empty(shape) for _ in loop.weights.suffix] for _ in range(2))
+        self._rollback = Rollback(loop.ops, loop.lr, config.inner_clip) if goes_back else None
+        self._past = [t.detach() for t in past]
+        # Of all tokens, those before x first.
+        self._rows = [
+            torch.cat((t, t.new_empty(t.shape[0], x.shape[1], *t.shape[2:])), 1) for t in self._past
+        ]
         # nll (B, T), slope (B, T, d) and log-sum-exp (B, T) of all tokens, once they are known.
         self._head: list[Tensor] = []
 
+    @property
+    def blocks(self) -> int:
+        """How many have fast weights."""
+        return len(self._weights.suffix)
+
+    @property
+    def _known_rows(self) -> int:
+        return self._past[0].shape[1]
+
     @torch.no_grad()
-    def forward(self, masters: Fast) -> tuple[Tensor, Fast]:
-        """nll (B, T) and the last fast weights."""
+    def forward(self, masters: Fast) -> tuple[Tensor, Fast, list[Tensor]]:
+        """nll (B, T), the last fast weights, and what later tokens may see of every block's keys and values."""
         loop = self._loop
         fast = FastWeights.of(masters, loop.config)
         results: list[tuple[Tensor, ...]] = []
         for index in range(len(self._parts)):
             fast = self._read(index, fast, results)
         self._head = [torch.cat(parts, 1) for parts in zip(*results, strict=True)]
-        return self._head[0].clone(), fast.masters
+        seen = limit(loop.config.window, self._x.shape[1])
+        return self._head[0].clone(), fast.masters, [t[:, t.shape[1] - seen :] for t in self._rows]
 
-    @torch.no_grad()
-    def _again(self, index: int, masters: Fast) -> Fast:
-        """Takes step `index` once more from the fast weights before it; returns those after it."""
-        fast = FastWeights.of(masters, self._loop.config)
-        return self._step(index, fast, self._known(self._parts[index]), None).fast.masters
-
-    def backward(self, d_nll: Tensor | None, d_final: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Cotangents of x, of every slow weight and of the first fast weights."""
+    def backward(
+        self, d_nll: Tensor | None, d_final: Sequence[Tensor | None], d_own: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Cotangents of x, of earlier keys and values, of every slow weight and of the first fast weights."""
         weights = mapped(self._weights, lambda t: t.detach().requires_grad_())
         totals = Totals(tensors(weights), [t.dtype for t in tensors(self._loop.weights)])
         d_x = torch.empty_like(self._x)
         if d_nll is None:
             d_nll = torch.zeros_like(self._head[0])
         d_rows = RowCotangents(self._loop.config.mini_batch_size)
+        d_rows.add_last(self._x.shape[1], d_own)
         d_fast = list(d_final)
         for index in reversed(range(len(self._parts))):
             part = self._parts[index]
-            if index + 1 < len(self._parts) and self._loop.is_cut(index + 1):
-                d_fast = [None] * len(d_fast)
             with stage("inner step back"):
                 d_x[:, part], d_fast = self._back(index, weights, d_nll[:, part], d_fast, d_rows, totals)
-        return [d_x, *totals.found, *d_fast]
+            if self._loop.is_cut(index):
+                d_fast = [None] * len(d_fast)
+        return [d_x, *d_rows.before(self._past), *totals.found, *d_fast]
 
     def _read(self, index: int, fast: FastWeights, results: list[tuple[Tensor, ...]]) -> FastWeights:
         """Takes step `index` for the first time; `results` gets the head's."""
-        factors: list[Factors] | None = [] if self._recovery.wants_factors else None
+        factors: list[Factors] | None = None if self._rollback is None else []
         with stage("inner step"):
-            step = self._step(index, fast, (), factors)
-        self._recovery.keep(index, fast, step, factors or [])
+            step = self._step(index, fast, factors)
+        if self._rollback is not None:
+            assert factors is not None
+            self._rollback.keep(fast, step, factors)
         self._loop.note(step)
         results.append(step.read[:3])
         return step.fast
@@ -236,62 +240,49 @@ class Sweep:
         totals: Totals,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Takes step `index` back: cotangents of its x and of the fast weights before it; the others are summed up."""
-        before = self._recovery.before(index, self._again)
+        assert self._rollback is not None
+        before = self._rollback.before()
         leaves = self._leaves(index, before.masters)
         through: Sequence[Tensor | None] = [None] * len(leaves.fast)
-        learns = any(g is not None for g in d_fast)
-        if learns and before.grads is not None:
+        if any(g is not None for g in d_fast):
             through, along = self._update_back(before.masters, before.grads, d_fast)
             results = self._read_along(index, weights, leaves, along, d_nll)
         else:
-            results = self._record(index, weights, leaves, d_nll, d_fast if learns else None)
-        results += zip(leaves.own, d_rows.pop(index, len(leaves.own)), strict=True)
+            results = self._read_alone(index, weights, leaves, d_nll)
+        results += zip(leaves.own, d_rows.pop(index, leaves.own), strict=True)
         found = pulled(results, [leaves.x, *leaves.fast, *leaves.past, *totals.leaves])
         first, last = 1 + len(leaves.fast), 1 + len(leaves.fast) + len(leaves.past)
         d_rows.add(self._seen(self._parts[index]).start, found[first:last])
         totals.add(found[last:])
         return found[0], [total(a, b) for a, b in zip(through, found[1:first], strict=True)]
 
-    def _step(
-        self, index: int, fast: FastWeights, known: Sequence[Tensor], factors: list[Factors] | None
-    ) -> InnerStep:
+    def _step(self, index: int, fast: FastWeights, factors: list[Factors] | None) -> InnerStep:
         loop, part = self._loop, self._parts[index]
-        seen = self._seen(part)
-        caches = [_Rows(k, v, seen, part) for k, v in zip(self._keys, self._values, strict=True)]
+        own, seen = self._in_rows(part), self._in_rows(self._seen(part))
+        caches = [_Rows(*pair, seen, own) for pair in by_cache(self._rows)]
         return inner_step(
             loop.ops, loop.config, self._weights, fast, self._x[:, part], loop.positions[part],
-            loop.targets[:, part], caches, loop.lr, known, factors,
+            loop.targets[:, part], caches, loop.lr, kept=factors,
         )  # fmt: skip
 
     def _leaves(self, index: int, masters: Fast) -> _Leaves:
         part = self._parts[index]
-        past = slice(self._seen(part).start, part.start)
-        caches = [_LeafCache(k[:, past], v[:, past]) for k, v in zip(self._keys, self._values, strict=True)]
+        past = self._in_rows(slice(self._seen(part).start, part.start))
+        rows = [t[:, past].detach().requires_grad_() for t in self._rows]
+        caches = [RecordedCache(*pair) for pair in by_cache(rows)]
         fast = [t.detach().requires_grad_() for t in flat(masters)]
         return _Leaves(self._x[:, part].detach().requires_grad_(), fast, caches)
 
     @torch.enable_grad()
-    def _record(
-        self,
-        index: int,
-        weights: SuffixWeights,
-        leaves: _Leaves,
-        d_nll: Tensor,
-        d_fast: Sequence[Tensor | None] | None,
-    ) -> _Results:
-        """Reads mini-batch `index` once more, and learns from it where new fast weights have cotangents."""
+    def _read_alone(self, index: int, weights: SuffixWeights, leaves: _Leaves, d_nll: Tensor) -> _Results:
+        """Reads mini-batch `index` once more, from whose step nothing comes back."""
         loop, part = self._loop, self._parts[index]
         fast = FastWeights.of(by_block(leaves.fast), loop.config)
         read = inner_forward(
             loop.ops, loop.config, weights, fast, leaves.x, loop.positions[part], loop.targets[:, part],
-            leaves.caches, self._known(part), learns=d_fast is not None,
+            leaves.caches, self._known(part), learns=False,
         )  # fmt: skip
-        results: _Results = [(read.nll, d_nll)]
-        if d_fast is not None:
-            grads = inner_gradient(loop.ops, loop.config, weights, fast, read, loop.targets[:, part])
-            new, _ = inner_update(loop.ops, loop.config, fast, grads, loop.lr)
-            results += zip(flat(new.masters), d_fast, strict=True)
-        return results
+        return [(read.nll, d_nll)]
 
     @torch.enable_grad()
     def _read_along(
@@ -324,6 +315,9 @@ class Sweep:
         return [t[:, part] for t in self._head] if self._loop.ops.takes_known else []
 
     def _seen(self, part: slice) -> slice:
-        """The tokens that a mini-batch's queries may see."""
-        window = self._loop.config.window
-        return slice(0 if window is None else max(0, part.start - window + 1), part.stop)
+        """The tokens that a mini-batch's queries may see; those before x count from -1 down."""
+        return slice(first_seen(part.start, self._loop.config.window, self._known_rows), part.stop)
+
+    def _in_rows(self, part: slice) -> slice:
+        """Where in the rows of keys and values tokens are."""
+        return slice(part.start + self._known_rows, part.stop + self._known_rows)

@@ -46,8 +46,9 @@ SETS, BUDGETS = "test_every_instruction_set", "within_budget"
 BUDGET, ANGLES, THRESHOLD = "test_within_budget", "test_angles_far_out", "test_at_the_threshold"
 
 
-SWEEP, SUMS, RECOVERY, ALONG = (
-    f"engine/{name}.py" for name in ("through_time", "cotangents", "recovery", "tangents")
+SWEEP, SUMS, ROLLBACK, ALONG, STRETCHES, SLABS, CACHES = (
+    f"engine/{name}.py"
+    for name in ("through_time", "cotangents", "rollback", "tangents", "snapshots", "slabs", "caches")
 )
 SWEEPS = "test_sweeps_equal_the_graph"
 TWIN, SLOPE = "test_within_budget and swiglu_jvp", "test_within_budget and linear_ce_slope"
@@ -151,15 +152,31 @@ MUTATIONS = (
     Mutation("swiglu's twin: x's cotangent loses dG^ b", "ttt_kernels/swiglu/jvp.py", "(d_gate, b), (d_up, c)),",
              "(d_up, c)),", TWIN),
     Mutation("swiglu's twin: W_d loses H^", "ttt_kernels/swiglu/jvp.py", "(transposed(t_dy_), t_hidden)),", "),", TWIN),
-    Mutation("sweep: the weights roll on", RECOVERY, "torch.addcmul(w, g, rate", "torch.addcmul(w, g, -rate", SWEEPS),
+    Mutation("sweep: the weights roll on", ROLLBACK, "torch.addcmul(w, g, rate", "torch.addcmul(w, g, -rate", SWEEPS),
     Mutation("sweep: later steps do not know their weights", SWEEP, "total(a, b) for a, b in", "b for a, b in", SWEEPS),
     Mutation("sweep: earlier keys have no cotangents", SUMS, "sum_[:, own] += piece", "pass", SWEEPS),
     Mutation("sweep: slow weights of the last step only", SUMS, "if found is None else found.add_(grad)",
              "if found is None else found", SWEEPS),
     Mutation("truncation: cut a step late", SWEEP, "index % self.truncate_steps == 0",
              "index % self.truncate_steps == 1", "test_truncated_to_one_step"),
-    Mutation("sweep: snapshots one step old", RECOVERY, "self._kept[i + 1] = again(i, self._kept[i])",
-             "self._kept[i + 1] = self._kept[i]", SWEEPS),
+    Mutation("stretches: fast weights do not know later ones", STRETCHES, "*zip(flat(read.fast), d_fast, strict=True),",
+             "", SWEEPS),
+    Mutation("stretches: keys do not know later ones", STRETCHES,
+             "*zip(read.rows, d_rows.pop(index, read.rows, unseen), strict=True),", "", SWEEPS),
+    Mutation("stretches: cotangents of other rows", STRETCHES, "d_rows.pop(index, read.rows, unseen)",
+             "d_rows.pop(index, read.rows, 0)", "test_drawn_models"),
+    Mutation("stretches: each begins at position 0", STRETCHES, "part.start, past, masters", "0, past, masters",
+             "test_truncation or " + SWEEPS),
+    Mutation("stretches: a cut falls behind the first", SWEEP, "index += self.first_step", "index += 0",
+             "test_drawn_models"),
+    Mutation("stretches: a slab's keys do not know later stretches", SLABS, "d_rows.add_last(x.shape[1], (dk, dv))",
+             "pass", SWEEPS),
+    Mutation("stretches: a slab drops the cotangents of earlier ones", SLABS, "*d_rows.before(given)",
+             "*(torch.zeros_like(t) for t in given)", SWEEPS),
+    Mutation("stretches: the sweep drops the cotangents of earlier ones", SWEEP, "*d_rows.before(self._past)",
+             "*(torch.zeros_like(t) for t in self._past)", SWEEPS),
+    Mutation("stretches: one key too few is kept", CACHES, "else min(length, window - 1)",
+             "else min(length, window - 2)", SWEEPS),
     Mutation("tangents: values have none", ALONG, "(ops.rope(k_dot, positions), v_dot)",
              "(ops.rope(k_dot, positions), torch.zeros_like(v_dot))", SWEEPS),
     Mutation("tangents: keys stay where they are", ALONG, "(ops.rope(k_dot, positions), v_dot)", "(k_dot, v_dot)",

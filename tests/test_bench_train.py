@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,17 +85,13 @@ def test_a_step_that_nobody_sees_is_not_counted(steps: int, suffix: int, window:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     """A model of a few thousand weights, and neither the seconds of ceilings and processes nor of threads."""
     monkeypatch.setattr(machine, "product_rate", lambda dtype, device: 1e11)
     tasks = {"measure": train_child.measure, "check": train_child.check}
     monkeypatch.setattr(train, "in_child", lambda job: tasks[job.task](job))
     chosen = train.chosen_config
     monkeypatch.setattr(train, "chosen_config", lambda *given: replace(chosen(*given), **SMALL))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("quick")
@@ -116,6 +111,8 @@ def test_an_object_for_every_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ]
     assert [run["backend"] for run in runs[:3]] == [runs[0]["backend"], "reference", runs[0]["backend"]]
     assert [run["checkpoint_blocks"] for run in runs] == [True, False, True, True, True, True]
+    # Of two mini-batches one is read again.
+    assert [run["snapshot_every"] for run in runs] == [None, None, None, 1, None, None]
     assert [run["window"] for run in runs] == [40, 40, 40, 40, None, 40]
     for run in runs:
         assert (run["preset"], run["context"], run["batch"], run["dtype"]) == ("tiny", 64, 2, "float32")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine import TTTModel
 from engine.golden import GoldenCase, carried_cases, load_golden
+from engine.loss import METHODS
 from engine.verify import Results, compare, compute, verify
 
 FILES = sorted([*carried_cases(), *(Path(__file__).parent / "golden").glob("*.safetensors")])
@@ -45,9 +46,10 @@ def test_all_cases_are_there() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_case(path: Path, backend: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_case(method: str, path: Path, backend: str) -> None:
     case = load_golden(path)
-    checks = {check.group: check for check in verify(case, backend)}
+    checks = {check.group: check for check in verify(case, backend, method=method, snapshot_every=1)}
     expected = {"token nll", "loss", "meta-gradients"}
     if case.config.suffix_layers:
         expected |= INNER_LOOP

@@ -10,9 +10,9 @@ from harness import BACKENDS, relative_error
 from small_model import CONFIG, model, stream
 from torch import Tensor
 
+from engine.caches import GrowingCache, by_cache, no_rows
 from engine.inner import FastWeights, inner_step
 from engine.ops import Ops
-from engine.recorded import GrowingCache
 from engine.weights import collect, initial_fast
 from ttt_kernels.registry import OPERATORS
 
@@ -44,7 +44,7 @@ def test_only_gradients_that_it_needs(backend: str, recorded: bool, ran: list) -
     """No slow weight's, and of the first block none below its fast MLP; also where a graph is built."""
     m = model()
     if recorded:
-        m.loss(stream(SIZE + 1), backend=backend, method="snapshots")
+        m.loss(stream(SIZE + 1), backend=backend, method="graph")
     else:
         m.prefill(stream(SIZE + 1), m.init_state(), backend=backend)
     backwards = Counter((name, needs) for name, order, needs in ran if order == "backward")
@@ -72,7 +72,8 @@ def test_is_one_step_of_sgd_by_autograd(backend: str) -> None:
     fast = FastWeights.of(initial_fast(m, 2), config)
 
     def step(which: Ops, start: FastWeights):
-        caches = [GrowingCache(config.window) for _ in weights.suffix]
+        rows = no_rows(config, config.suffix_layers, tokens)
+        caches = [GrowingCache(config.window, *pair) for pair in by_cache(rows)]
         return inner_step(which, config, weights, start, x, torch.arange(SIZE), tokens[:, 1:], caches, 0.5)
 
     with torch.no_grad():
@@ -109,19 +110,17 @@ def test_memory_does_not_grow_with_the_steps() -> None:
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
-@pytest.mark.parametrize("method", ["snapshots", "rollback"])
-def test_the_last_step_is_in_nobodys_loss(method: str, backend: str, ran: list) -> None:
+def test_the_last_step_is_in_nobodys_loss(backend: str, ran: list) -> None:
     """So the sweep back does not go through it: of three steps two have a second derivative."""
     model_ = model()
-    out = model_.loss(stream(3 * SIZE + 1), backend=backend, method=method)
+    out = model_.loss(stream(3 * SIZE + 1), backend=backend)
     ran.clear()
     out.loss.backward()
     orders = Counter((name, order) for name, order, _ in ran)
     assert orders["clipped_sgd", "forward"] == orders["clipped_sgd", "backward"] == 2
     assert orders["linear_ce_slope", "backward"] == 3
-    # Either the computation of an inner gradient is taken back, or a tangent stands for it.
-    recorded, along = orders["swiglu", "double_backward"], orders["swiglu_jvp", "backward"]
-    of_both = 2 * (2 * BLOCKS)
-    assert (recorded, along) == ((of_both, 0) if method == "snapshots" else (0, of_both))
+    # A tangent stands for the computation of an inner gradient.
+    assert orders["swiglu", "double_backward"] == 0
+    assert orders["swiglu_jvp", "backward"] == 2 * (2 * BLOCKS)
     with pytest.raises(RuntimeError, match=r"only once|second time"):
         out.loss.backward()

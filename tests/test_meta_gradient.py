@@ -11,14 +11,15 @@ from small_model import CONFIG, model, stream
 from torch import Tensor
 
 from engine import TTTModel
-from engine.loss import METHODS, loss
+from engine.loss import loss
 
 SIZE = CONFIG.mini_batch_size
 SWEEPS: tuple[dict[str, Any], ...] = (
-    {"method": "snapshots"},
-    {"method": "snapshots", "snapshot_every": 3},
+    {"method": "snapshots", "snapshot_every": 1},
+    {"method": "snapshots", "snapshot_every": 2},
     {"method": "rollback"},
 )
+WAYS = ({"method": "graph"}, *SWEEPS)
 
 
 def wide(**overrides: Any) -> TTTModel:
@@ -37,6 +38,11 @@ def gradients(m: TTTModel, tokens: Tensor, **options: Any) -> dict[str, Tensor]:
         total = total + (t * draw(*t.shape, seed=2 + i).to(t.dtype)).mean()
     total.backward()
     return {name: p.grad.clone() for name, p in m.named_parameters() if p.grad is not None}
+
+
+def flattened(value: Any) -> Tensor:
+    """All numbers of a tensor, or of tensors in tuples and lists."""
+    return value.flatten() if isinstance(value, Tensor) else torch.cat([flattened(v) for v in value])
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
@@ -96,10 +102,10 @@ def differences() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("method", METHODS)
-def test_finite_differences(method: str, backend: str, differences: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_finite_differences(options: dict[str, Any], backend: str, differences: dict[str, Tensor]) -> None:
     m = wide()
-    m.loss(stream(3 * SIZE + 1, batch=2), backend=backend, method=method).loss.backward()
+    m.loss(stream(3 * SIZE + 1, batch=2), backend=backend, **options).loss.backward()
     for name, p in m.named_parameters():
         direction = draw(*p.shape, seed=len(name))
         assert p.grad is not None
@@ -142,14 +148,14 @@ def test_drawn_models(
     assert relative_error(torch.cat([found[n].flatten() for n in expected]), total) < 1e-9
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_truncation(method: str) -> None:
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_truncation(options: dict[str, Any]) -> None:
     """From as many steps as there are it changes nothing; below, it does."""
     m, tokens = wide(), stream(4 * SIZE + 1)
 
     def fast_gradient(truncate: int | None) -> Tensor:
         m.zero_grad()
-        m.loss(tokens, method=method, truncate_steps=truncate).loss.backward()
+        m.loss(tokens, truncate_steps=truncate, **options).loss.backward()
         return m.blocks[-1].fast_down.grad.clone()
 
     full = fast_gradient(None)
@@ -168,19 +174,53 @@ def test_truncated_to_one_step_is_first_order() -> None:
     assert relative_error(3 * found, m.blocks[-1].fast_down.grad) < 1e-9
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_second_derivative_raises(method: str) -> None:
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_a_second_derivative_raises(options: dict[str, Any]) -> None:
     """In all of them by default; without checkpoint_blocks the graph has one."""
     m = model()
-    first = m.loss(stream(2 * SIZE + 1), method=method).loss
+    first = m.loss(stream(2 * SIZE + 1), **options).loss
     with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(first, m.blocks[0].w_qkv, create_graph=True)
 
 
-@pytest.mark.parametrize("method", ["snapshots", "rollback"])
-def test_weights_that_change_before_the_sweep_back_are_noticed(method: str) -> None:
+@pytest.mark.parametrize("options", SWEEPS, ids=str)
+def test_a_graph_goes_back_once(options: dict[str, Any]) -> None:
+    first = model().loss(stream(2 * SIZE + 1), **options).loss
+    first.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="only once"):
+        first.backward()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 5])
+def test_what_is_reported_does_not_depend_on_stretches(steps: int) -> None:
+    """Without gradients too, where none is read twice."""
+    m, tokens = wide(), stream(5 * SIZE + 1, batch=2)
+    whole = loss(m, tokens, keep_inner_grads=3)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            parts = loss(m, tokens, method="snapshots", snapshot_every=steps, keep_inner_grads=3)
+        assert parts.inner_norms.shape == (2, 5)
+        assert len(parts.inner_grads) == 3
+        for name in ("loss", "nll", "fast", "inner_norms", "inner_grads", "prefix_output"):
+            found, expected = (flattened(getattr(out, name)) for out in (parts, whole))
+            assert relative_error(found, expected) < 1e-12, name
+
+
+@pytest.mark.parametrize("options", SWEEPS, ids=str)
+def test_the_prefix_output_is_differentiable(options: dict[str, Any]) -> None:
+    m, tokens = wide(), stream(3 * SIZE + 1)
+
+    def found(**given: Any) -> Tensor:
+        out = loss(m, tokens, **given).prefix_output
+        return torch.autograd.grad(out.square().sum(), m.blocks[0].w_qkv)[0]
+
+    assert relative_error(found(**options), found(method="graph")) < 1e-9
+
+
+@pytest.mark.parametrize("options", SWEEPS, ids=str)
+def test_weights_that_change_before_the_sweep_back_are_noticed(options: dict[str, Any]) -> None:
     m = model()
-    first = m.loss(stream(2 * SIZE + 1), method=method).loss
+    first = m.loss(stream(2 * SIZE + 1), **options).loss
     with torch.no_grad():
         m.final_norm.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

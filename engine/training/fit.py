@@ -1,25 +1,28 @@
 """What a run will need, before it is launched: memory and time of its steps, and the settings that fit the device.
 
 Trials of one step each are made with what there is to choose; a sequence that is longer than a trial takes is
-extrapolated from two trials in which the window is full, beyond which time and memory are linear in the length.
+extrapolated from two trials in which the window is full, beyond which time and memory are linear in the length. Of
+snapshots, whose stretches are taken back by rollback, what they add to that is computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from engine.device import available_bytes
-from engine.loss import DEFAULT_METHOD, METHODS
+from engine.loss import DEFAULT_METHOD, DEFAULT_SNAPSHOT_EVERY, METHODS
+from engine.snapshots import snapshot_bytes
 from engine.training.run import AUTO, Run
 from engine.training.trial import Choice, Cost, try_out
 
 RESERVE = 0.9
 """The share of the free memory that a step may take."""
-_LONGEST_MINI_BATCHES = 16
+_LONGEST_MINI_BATCHES = DEFAULT_SNAPSHOT_EVERY
 _GAIN = 0.97
 """A larger batch has to take at most this share of the time per sequence."""
 
@@ -73,6 +76,7 @@ def fit(run: Run) -> int:
 
 def plans(run: Run, free: int, trial: Trial) -> Iterator[Plan]:
     """Every way to go back, with one sequence at a time; then more at a time for the fastest that fits."""
+    trial = partial(_remembered, trial, {})
     found = []
     for method, again in _ways(run):
         plan = predicted(run, Choice(1, method, again), trial)
@@ -98,6 +102,8 @@ def _ways(run: Run) -> list[tuple[str, bool]]:
     methods: list[str] = [DEFAULT_METHOD]
     if run.model.suffix_layers:
         methods = list(METHODS) if run.method == AUTO else [run.method]
+    if run.method == AUTO and run.seq_length <= _stretch(run):
+        methods = [method for method in methods if method != "snapshots"]
     again = [False, True] if run.checkpoint_blocks is None else [run.checkpoint_blocks]
     return [(method, choice) for method in methods for choice in again]
 
@@ -106,22 +112,32 @@ def predicted(run: Run, choice: Choice, trial: Trial) -> Plan | None:
     """Memory and time of a step; None where not even the trial fits."""
     accum = run.global_batch_size // choice.rows
     lengths = trial_lengths(run)
-    costs = [trial(run, choice, length) for length in lengths]
-    if any(cost is None for cost in costs):
+    again = (run.seq_length - 1) // _stretch(run) * _stretch(run) if choice.method == "snapshots" else 0
+    tried = replace(choice, method="rollback") if again else choice
+    costs = [trial(run, tried, length) for length in lengths]
+    first, last = costs[0], costs[-1]
+    if first is None or last is None:
         return None
-    last = costs[-1]
-    assert last is not None
 
-    def at_length(value: Callable[[Cost], float]) -> float:
-        if len(lengths) == 1:
+    def at(length: int, value: Callable[[Cost], float]) -> float:
+        if length == lengths[-1]:
             return value(last)
-        first = costs[0]
-        assert first is not None
         slope = (value(last) - value(first)) / (lengths[1] - lengths[0])
-        return value(last) + slope * (run.seq_length - lengths[1])
+        return value(last) + slope * (length - lengths[1])
 
-    seconds = at_length(lambda cost: cost.seconds)
-    return Plan(choice, accum, int(at_length(lambda cost: cost.peak)), accum * seconds + last.update)
+    seconds = at(run.seq_length, lambda cost: cost.seconds)
+    peak = at(_stretch(run) if again else run.seq_length, lambda cost: cost.peak)
+    if again:
+        # Read twice, from snapshots at the start of every stretch but the first.
+        seconds += at(again, lambda cost: cost.forward)
+        snapshot = choice.rows * snapshot_bytes(run.model, DEFAULT_SNAPSHOT_EVERY)
+        peak += again // _stretch(run) * snapshot
+    return Plan(choice, accum, int(peak), accum * seconds + last.update)
+
+
+def _stretch(run: Run) -> int:
+    """Tokens from one snapshot to the next."""
+    return DEFAULT_SNAPSHOT_EVERY * run.model.mini_batch_size
 
 
 def trial_lengths(run: Run) -> list[int]:
@@ -133,6 +149,15 @@ def trial_lengths(run: Run) -> list[int]:
     full = -(-config.window // unit) * unit
     lengths = [full + unit, full + 4 * unit]
     return [run.seq_length] if run.seq_length <= max(_LONGEST_MINI_BATCHES * unit, lengths[1]) else lengths
+
+
+def _remembered(
+    trial: Trial, costs: dict[tuple[Choice, int], Cost | None], run: Run, choice: Choice, length: int
+) -> Cost | None:
+    """`trial`, but each once."""
+    if (choice, length) not in costs:
+        costs[choice, length] = trial(run, choice, length)
+    return costs[choice, length]
 
 
 def _row(plan: Plan) -> str:

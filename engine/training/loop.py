@@ -202,8 +202,7 @@ class _Training:
         run, world = self._run, self._world
 
         def nll(tokens: torch.Tensor) -> torch.Tensor:
-            # Nothing goes back: of the fast weights only the first are kept.
-            return self._model.loss(tokens, backend=run.backend, snapshot_every=2**30).nll
+            return self._model.loss(tokens, backend=run.backend).nll
 
         result = evaluate(
             nll,

@@ -31,12 +31,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Cost:
-    """peak: bytes of the whole process (on CUDA what torch allocated). seconds: of a loss and its gradient.
-    update: seconds of clipping and of the optimizer's step.
+    """peak: bytes of the whole process (on CUDA what torch allocated). seconds: of a loss and its gradient, of which
+    `forward` is the loss. update: seconds of clipping and of the optimizer's step.
     """
 
     peak: int
     seconds: float
+    forward: float
     update: float
 
 
@@ -58,26 +59,28 @@ def _step(run: Run, choice: Choice, length: int, threads: int) -> Cost:
     tokens = torch.randint(run.model.vocab_size, (choice.rows, length + 1), device=device)
     unit = run.model.mini_batch_size if run.model.suffix_layers else 1
 
-    def once(part: torch.Tensor) -> tuple[float, float]:
+    def once(part: torch.Tensor) -> tuple[float, float, float]:
         start = _now(device)
         optimizer.zero_grad(set_to_none=True)
-        model.loss(
+        loss = model.loss(
             part,
             0,
             backend=run.backend,
             method=cast(Method, choice.method),
             truncate_steps=run.truncate_steps,
             checkpoint_blocks=choice.checkpoint_blocks,
-        ).loss.backward()
-        between = _now(device)
+        ).loss
+        read = _now(device)
+        loss.backward()
+        back = _now(device)
         clip_(model.parameters(), run.optimizer.clip)
         optimizer.step()
-        return between - start, _now(device) - between
+        return back - start, read - start, _now(device) - back
 
     # Loads kernels, and makes the optimizer's state.
     once(tokens[:, : 2 * unit + 1] if length > 2 * unit else tokens)
-    seconds, update = once(tokens)
-    return Cost(_peak(device), seconds, update)
+    times = once(tokens)
+    return Cost(_peak(device), *times)
 
 
 def _now(device: torch.device) -> float:
