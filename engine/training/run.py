@@ -57,7 +57,7 @@ class Run:
     truncate_steps: int | None
     """Through at most so many inner steps goes the gradient; None: through all."""
     method: str
-    """auto, graph, snapshots or rollback."""
+    """auto, rollback, snapshots or graph."""
     checkpoint_blocks: bool | None
     """Whether blocks are computed again in the backward pass; None: where it pays."""
     device: str

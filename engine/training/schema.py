@@ -97,7 +97,7 @@ class Training:
     truncate_steps: int | None = None
     """Through at most so many inner steps goes the gradient; None: through all."""
     method: str = "auto"
-    """How the reverse sweep gets at earlier fast weights: auto, graph, snapshots or rollback."""
+    """How the gradient gets at the fast weights of every step: auto, rollback, snapshots or graph."""
     checkpoint_blocks: bool | None = None
     """Whether blocks are computed again in the backward pass; None: where it pays."""
     device: str | None = None
