@@ -28,6 +28,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = 2
 OPTIONS = OptimizerOptions(lr=1e-2, warmup_steps=1, decay_steps=5, init_lr=1e-3, clip=0.5)
 TOKENS = torch.randint(64, (2, 4, 33), generator=torch.Generator().manual_seed(1))
+# Of every update.
+WAYS: tuple[dict[str, Any], ...] = ({"method": "rollback"}, {"method": "snapshots", "snapshot_every": 2})
 ONE = World(0, 1, torch.device("cpu"))
 
 
@@ -47,7 +49,7 @@ def train(model: TTTModel, world: World, optimizer: torch.optim.AdamW) -> dict[s
         own = batch[world.rank :: world.size]
         with torch.no_grad():
             shown["evaluations"].append(mean(model.loss(own).loss.item(), world))
-        loss = model.loss(own, step).loss
+        loss = model.loss(own, step, **WAYS[step]).loss
         loss.backward()
         shown["losses"].append(mean(loss.item(), world))
         shown["gradients"].append({name: whole(p.grad) for name, p in model.named_parameters()})
