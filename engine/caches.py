@@ -38,10 +38,12 @@ class GrowingCache:
         return k, v
 
 
-def no_rows(config: TTTConfig, blocks: int, like: Tensor) -> list[Tensor]:
+def no_rows(config: TTTConfig, like: Tensor) -> list[Tensor]:
     """Keys and values, block by block, of sequences (B, ...) of which nothing has been read."""
     shape = (len(like), 0, config.num_heads, config.head_dim)
-    return [torch.empty(shape, dtype=config.torch_dtype, device=like.device) for _ in range(2 * blocks)]
+    return [
+        torch.empty(shape, dtype=config.torch_dtype, device=like.device) for _ in range(2 * config.num_layers)
+    ]
 
 
 def by_cache(rows: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

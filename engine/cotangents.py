@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def leaf(t: Tensor) -> Tensor:
+    """The same numbers, where a graph starts."""
+    return t.detach().requires_grad_()
+
+
 def pulled(
     results: Iterable[tuple[Tensor, Tensor | None]], leaves: Sequence[Tensor], *, zeros: bool = False
 ) -> tuple[Any, ...]:

@@ -64,7 +64,7 @@ def loss(
     lr = learning_rate(config, step)
     ops = Ops(model, backend)
     reader = Reader(ops, config, lr, truncate_steps, checkpoint_blocks, keep_inner_grads)
-    nothing = no_rows(config, config.num_layers, tokens)
+    nothing = no_rows(config, tokens)
     if not config.suffix_layers:
         x, _ = reader.prefix(weights, tokens[:, :-1], 0, nothing)
         hidden, _ = ops.norm(x, weights.final_norm)

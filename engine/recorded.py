@@ -19,7 +19,7 @@ from engine.weights import Fast, Weights, converted
 def run(reader: Reader, weights: Weights, tokens: Tensor, masters: Fast) -> Read:
     """Reads tokens (B, T + 1) from their first on; there are no `rows`."""
     config = reader.config
-    past = no_rows(config, config.num_layers, tokens)
+    past = no_rows(config, tokens)
     x, _ = reader.prefix(weights, tokens[:, :-1], 0, past)
     loop = reader.loop(weights, tokens, 0)
     suffix = converted(loop.weights, config.torch_dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.blocks import Projected, attend, mlp_forward, project
 from engine.caches import GrowingCache, first_seen, last_rows
 from engine.config import TTTConfig
-from engine.cotangents import RowCotangents, Totals, pulled
+from engine.cotangents import RowCotangents, Totals, leaf, pulled
 from engine.ops import Ops
 from engine.weights import BlockWeights, converted, mapped, tensors
 
@@ -101,7 +101,7 @@ class _Block:
         dv: Tensor | None,
     ) -> list[Tensor | None]:
         """Cotangents of x, of the keys and values before it and of every weight."""
-        weights = mapped(converted(self._stored, self._config.torch_dtype), _leaf)
+        weights = mapped(converted(self._stored, self._config.torch_dtype), leaf)
         totals = Totals(tensors(weights), [t.dtype for t in tensors(self._stored)])
         d_x = torch.empty_like(x)
         if dy is None:
@@ -119,7 +119,7 @@ class _Block:
             before = [slabs[i] for i in range(first, index)]
             own = slabs.pop(index)
             past = [
-                _last([earlier, *(getattr(slab, name) for slab in before)], part.start - start)
+                leaf(last_rows([earlier, *(getattr(slab, name) for slab in before)], self._config.window))
                 for name, earlier in zip(("k", "v"), given, strict=True)
             ]
             with torch.enable_grad():
@@ -135,18 +135,8 @@ class _Block:
     @torch.enable_grad()
     def _projected(self, index: int, weights: BlockWeights, x: Tensor) -> Projected:
         part = self._parts[index]
-        return project(self._ops, weights, _leaf(x[:, part]), self._positions[part])
+        return project(self._ops, weights, leaf(x[:, part]), self._positions[part])
 
     def _rest(self, weights: BlockWeights, rows: Projected, keys: Tensor, values: Tensor) -> Tensor:
         h, _ = attend(self._ops, weights, rows, keys, values, self._config.window, for_backward=False)
         return mlp_forward(self._ops, weights.mlp, weights.mlp.matrices, h)[0]
-
-
-def _leaf(t: Tensor) -> Tensor:
-    return t.detach().requires_grad_()
-
-
-def _last(pieces: list[Tensor], length: int) -> Tensor:
-    """The last `length` rows of pieces, as a leaf."""
-    whole = torch.cat([t.detach() for t in pieces], 1)
-    return _leaf(whole[:, whole.shape[1] - length :])

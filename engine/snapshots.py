@@ -7,15 +7,16 @@ with the length. The last stretch, where the way back starts, is read once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from engine.caches import last_rows, limit, no_rows
 from engine.config import TTTConfig
-from engine.cotangents import RowCotangents, Totals, pulled
+from engine.cotangents import RowCotangents, Totals, leaf, pulled
 from engine.inner import by_block, flat
+from engine.once import swept
 from engine.stretch import Read, Reader
 from engine.weights import Fast, Weights, mapped, tensors
 
@@ -35,30 +36,8 @@ def run(reader: Reader, weights: Weights, tokens: Tensor, masters: Fast, every: 
     raises. There are no `rows`.
     """
     stretches = _Stretches(reader, weights, tokens, every, goes_back=torch.is_grad_enabled())
-    nll, prefix_output, *final = _Node.apply(stretches, *tensors(weights), *flat(masters))
+    nll, prefix_output, *final = swept(stretches, *tensors(weights), *flat(masters))
     return Read(nll, by_block(final), [], prefix_output, stretches.norms, stretches.inner_grads)
-
-
-class _Node(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, stretches: _Stretches, *given: Tensor) -> tuple[Tensor, ...]:
-        # Saved for the check that nobody changes them before the way back.
-        ctx.save_for_backward(*given)
-        ctx.set_materialize_grads(False)
-        ctx.stretches = stretches
-        return stretches.forward(by_block(given[-3 * stretches.fast_blocks :]))
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "engine: the gradient through the inner loop cannot itself be differentiated (create_graph=True)"
-            )
-        assert ctx.saved_tensors
-        stretches, ctx.stretches = ctx.stretches, None
-        if stretches is None:
-            raise RuntimeError("engine: a graph through the inner loop can be taken back only once")
-        return None, *stretches.backward(*cotangents)
 
 
 class _Recorded(NamedTuple):
@@ -75,7 +54,7 @@ class _Stretches:
     ) -> None:
         self._reader = reader
         self._dtypes = [t.dtype for t in tensors(weights)]
-        self._weights = mapped(weights, _leaf)
+        self._weights = mapped(weights, leaf)
         self._tokens = tokens
         self._goes_back = goes_back
         self._size = every * reader.config.mini_batch_size
@@ -89,14 +68,10 @@ class _Stretches:
         self.norms: list[Tensor] = []
         self.inner_grads: list[Fast] = []
 
-    @property
-    def fast_blocks(self) -> int:
-        """How many blocks have fast weights."""
-        return self._reader.config.suffix_layers
-
     @torch.no_grad()
-    def forward(self, masters: Fast) -> tuple[Tensor, ...]:
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         """nll (B, T), the prefix blocks' outputs (B, T, d) and the last fast weights."""
+        masters = by_block(given[len(self._dtypes) :])
         config, (batch, length) = self._reader.config, self._tokens.shape
         x = torch.empty(
             batch, length - 1, config.hidden_size, dtype=config.torch_dtype, device=self._tokens.device
@@ -115,10 +90,9 @@ class _Stretches:
             masters = by_block([t.detach() for t in flat(read.fast)])
         return torch.cat(nll, 1), x, *flat(masters)
 
-    def backward(
-        self, d_nll: Tensor | None, d_x: Tensor | None, *d_final: Tensor | None
-    ) -> list[Tensor | None]:
+    def backward(self, *cotangents: Tensor | None) -> list[Tensor | None]:
         """Cotangents of every slow weight and of the first fast weights."""
+        d_nll, d_x, *d_final = cotangents
         totals = Totals(tensors(self._weights), self._dtypes)
         d_rows = RowCotangents(self._size)
         d_fast: Sequence[Tensor | None] = d_final
@@ -160,8 +134,8 @@ class _Stretches:
 
     @torch.enable_grad()
     def _record(self, index: int) -> _Recorded:
-        past = [_leaf(t) for t in self._past(index)]
-        masters = [_leaf(t) for t in flat(self._masters.pop())]
+        past = [leaf(t) for t in self._past(index)]
+        masters = [leaf(t) for t in flat(self._masters.pop())]
         del self._rows[index:]
         return _Recorded(past, masters, self._read(index, past, by_block(masters)))
 
@@ -174,9 +148,5 @@ class _Stretches:
     def _past(self, index: int) -> list[Tensor]:
         """Keys and values that stretch `index` may see of those before, block by block."""
         config = self._reader.config
-        nothing = no_rows(config, config.num_layers, self._tokens)
+        nothing = no_rows(config, self._tokens)
         return [last_rows(pieces, config.window) for pieces in zip(nothing, *self._rows[:index], strict=True)]
-
-
-def _leaf(t: Tensor) -> Tensor:
-    return t.detach().requires_grad_()

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from engine.caches import RecordedCache, by_cache, first_seen, limit
 from engine.config import TTTConfig
-from engine.cotangents import RowCotangents, Totals, pulled
+from engine.cotangents import RowCotangents, Totals, leaf, pulled
 from engine.inner import (
     FastWeights,
     InnerStep,
@@ -29,6 +29,7 @@ from engine.inner import (
     inner_step,
     inner_update,
 )
+from engine.once import swept
 from engine.ops import Ops
 from engine.profiling import stage
 from engine.rollback import Rollback
@@ -95,34 +96,8 @@ def run(loop: Loop, x: Tensor, masters: Fast, past: Sequence[Tensor]) -> tuple[T
     """
     slow, count = tensors(loop.weights), len(flat(masters))
     sweep = Sweep(loop, x, past, goes_back=torch.is_grad_enabled())
-    nll, *results = _Node.apply(sweep, x, *past, *slow, *flat(masters))
+    nll, *results = swept(sweep, x, *past, *slow, *flat(masters))
     return nll, by_block(results[:count]), results[count:]
-
-
-class _Node(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, sweep: Sweep, x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-        nll, final, rows = sweep.forward(by_block(given[-3 * sweep.blocks :]))
-        # Saved for the check that nobody changes them before the sweep back.
-        ctx.save_for_backward(x, *given)
-        # What nobody uses has no cotangent, and costs nothing.
-        ctx.set_materialize_grads(False)
-        ctx.sweep = sweep
-        return nll, *flat(final), *rows
-
-    @staticmethod
-    def backward(ctx: Any, d_nll: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "engine: the gradient through the inner loop cannot itself be differentiated (create_graph=True)"
-            )
-        assert ctx.saved_tensors
-        # What it keeps goes as soon as it is used, which a graph that lives on would prevent.
-        sweep, ctx.sweep = ctx.sweep, None
-        if sweep is None:
-            raise RuntimeError("engine: a graph through the inner loop can be taken back only once")
-        count = 3 * sweep.blocks
-        return None, *sweep.backward(d_nll, rest[:count], rest[count:])
 
 
 class _Rows:
@@ -169,6 +144,8 @@ class Sweep:
         self._weights = converted(mapped(loop.weights, Tensor.detach), config.torch_dtype)
         self._parts = loop.parts
         self._rollback = Rollback(loop.ops, loop.lr, config.inner_clip) if goes_back else None
+        # Fast matrices.
+        self._count = 3 * len(loop.weights.suffix)
         self._past = [t.detach() for t in past]
         # Of all tokens, those before x first.
         self._rows = [
@@ -178,38 +155,32 @@ class Sweep:
         self._head: list[Tensor] = []
 
     @property
-    def blocks(self) -> int:
-        """How many have fast weights."""
-        return len(self._weights.suffix)
-
-    @property
     def _known_rows(self) -> int:
         return self._past[0].shape[1]
 
     @torch.no_grad()
-    def forward(self, masters: Fast) -> tuple[Tensor, Fast, list[Tensor]]:
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         """nll (B, T), the last fast weights, and what later tokens may see of every block's keys and values."""
         loop = self._loop
-        fast = FastWeights.of(masters, loop.config)
+        fast = FastWeights.of(by_block(given[-self._count :]), loop.config)
         results: list[tuple[Tensor, ...]] = []
         for index in range(len(self._parts)):
             fast = self._read(index, fast, results)
         self._head = [torch.cat(parts, 1) for parts in zip(*results, strict=True)]
         seen = limit(loop.config.window, self._x.shape[1])
-        return self._head[0].clone(), fast.masters, [t[:, t.shape[1] - seen :] for t in self._rows]
+        return self._head[0].clone(), *flat(fast.masters), *(t[:, t.shape[1] - seen :] for t in self._rows)
 
-    def backward(
-        self, d_nll: Tensor | None, d_final: Sequence[Tensor | None], d_own: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
+    def backward(self, *cotangents: Tensor | None) -> list[Tensor | None]:
         """Cotangents of x, of earlier keys and values, of every slow weight and of the first fast weights."""
-        weights = mapped(self._weights, lambda t: t.detach().requires_grad_())
+        d_nll, *rest = cotangents
+        weights = mapped(self._weights, leaf)
         totals = Totals(tensors(weights), [t.dtype for t in tensors(self._loop.weights)])
         d_x = torch.empty_like(self._x)
         if d_nll is None:
             d_nll = torch.zeros_like(self._head[0])
         d_rows = RowCotangents(self._loop.config.mini_batch_size)
-        d_rows.add_last(self._x.shape[1], d_own)
-        d_fast = list(d_final)
+        d_rows.add_last(self._x.shape[1], rest[self._count :])
+        d_fast = list(rest[: self._count])
         for index in reversed(range(len(self._parts))):
             part = self._parts[index]
             with stage("inner step back"):
@@ -268,10 +239,10 @@ class Sweep:
     def _leaves(self, index: int, masters: Fast) -> _Leaves:
         part = self._parts[index]
         past = self._in_rows(slice(self._seen(part).start, part.start))
-        rows = [t[:, past].detach().requires_grad_() for t in self._rows]
+        rows = [leaf(t[:, past]) for t in self._rows]
         caches = [RecordedCache(*pair) for pair in by_cache(rows)]
-        fast = [t.detach().requires_grad_() for t in flat(masters)]
-        return _Leaves(self._x[:, part].detach().requires_grad_(), fast, caches)
+        fast = [leaf(t) for t in flat(masters)]
+        return _Leaves(leaf(self._x[:, part]), fast, caches)
 
     @torch.enable_grad()
     def _read_alone(self, index: int, weights: SuffixWeights, leaves: _Leaves, d_nll: Tensor) -> _Results:
@@ -303,7 +274,7 @@ class Sweep:
         self, masters: Fast, grads: Sequence[Tensor], d_fast: Sequence[Tensor | None]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Takes a clipped update back: cotangents of the weights before it and of their gradients."""
-        leaves = [t.detach().requires_grad_() for t in (*flat(masters), *grads)]
+        leaves = [leaf(t) for t in (*flat(masters), *grads)]
         count = len(grads)
         fast = FastWeights(by_block(leaves[:count]), by_block(leaves[:count]))
         new, _ = inner_update(self._loop.ops, self._loop.config, fast, leaves[count:], self._loop.lr)
