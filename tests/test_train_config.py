@@ -18,6 +18,7 @@ from engine.training.run import Run, run_from_config
 from engine.training.wandb_run import WandbOptions
 
 TINY = "tiny/pretrain-tiny-stdlib-e2e"
+TINY_SWA = "tiny/pretrain-tiny-stdlib-swa"
 TINY_FA = "tiny/pretrain-tiny-stdlib-fa"
 DATA = {"deploy_paths__data__dclm_filter_8k": "/dclm", "deploy_paths__data__books3": "/books"}
 
@@ -81,6 +82,12 @@ def test_recipes_are_the_published_ones(name: str) -> None:
     assert (run.accum_steps, run.eval_batch_size, run.save_milestone_freq) == (1, 8, 2500)
     assert run.dataset.path == Path("/dclm" if "pretrain" in name else "/books")
     check_model(name, run)
+
+
+@pytest.mark.parametrize(("name", "rate"), [(TINY, 6e-3), (TINY_SWA, 1.5e-3), (TINY_FA, 1.5e-3)])
+def test_models_of_the_standard_library_have_the_rates_that_suit_them(name: str, rate: float) -> None:
+    run = run_of(name)
+    assert (run.optimizer.lr, run.optimizer.warmup_steps, run.total_steps) == (rate, 56, 560)
 
 
 def test_every_size_has_every_kind() -> None:
