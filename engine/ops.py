@@ -106,8 +106,9 @@ class Ops:
     def attention_jvp(
         self, qkv: Sequence[Tensor], dots: Sequence[Tensor], window: int | None
     ) -> tuple[Tensor, Tensor]:
-        """`attention` of (q, k, v) and its tangent along those of all three."""
-        arguments = (*qkv, None, None, *dots, window, self._scale)
+        """`attention` of (q, k, v) and its tangent, given those of q and of the last keys and values."""
+        key_start = qkv[1].shape[1] - dots[1].shape[1]
+        arguments = (*qkv, None, None, *dots, window, self._scale, key_start)
         o, o_dot, *_ = swa_jvp.forward(*arguments, backend=self._backend["swa"])
         return o, o_dot
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from engine.blocks import Cache, attention_forward
@@ -71,9 +70,7 @@ def _attention(
     k, k_dot = ops.norm_jvp(k, w.k_norm, None, k_dot)
     keys, values = cache.extend(ops.rope(k, positions), v)
     # Rotations are linear: tangents turn as what they belong to.
-    own = (ops.rope(k_dot, positions), v_dot)
-    past = k.new_zeros(k.shape[0], keys.shape[1] - k.shape[1], *k.shape[2:])
-    dots = (ops.rope(q_dot, positions), *(torch.cat((past, t), 1) for t in own))
+    dots = (ops.rope(q_dot, positions), ops.rope(k_dot, positions), v_dot)
     o, o_dot = ops.attention_jvp((ops.rope(q, positions), keys, values), dots, window)
     a, a_dot = (ops.linear(t.flatten(2), w.w_o) for t in (o, o_dot))
     return ops.norm_jvp(a, w.seq_post_norm, x, a_dot, x_dot)

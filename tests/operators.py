@@ -118,6 +118,12 @@ def _with_tangents(name: str, example: Example, params: tuple[Any, ...]) -> Exam
     return Example(OPERATORS[f"{name}_jvp"], (*example.inputs, *dots), params)
 
 
+def _with_last_tangents(example: Example, start: int) -> Example:
+    """Attention with tangents of the keys and values from `start` on."""
+    *given, q_dot, k_dot, v_dot = _with_tangents("swa", example, ()).inputs
+    return Example(OPERATORS["swa_jvp"], (*given, q_dot, k_dot[:, start:], v_dot[:, start:]), (4, 0.4, start))
+
+
 def _examples() -> dict[str, Example]:
     attention = _draw((1, 5, 2, 4), (1, 8, 1, 4), (1, 8, 1, 4))
     lengths = torch.tensor([7])
@@ -141,7 +147,8 @@ def _examples() -> dict[str, Example]:
         "clipped_sgd unclipped": Example(of["clipped_sgd"], (*fast, rate), (100.0, torch.bfloat16)),
     }  # fmt: skip
     return examples | {
-        "swa_jvp": _with_tangents("swa", examples["swa"], (4, 0.4)),
+        "swa_jvp": _with_tangents("swa", examples["swa"], (4, 0.4, 0)),
+        "swa_jvp of the last keys": _with_last_tangents(examples["swa"], 3),
         "swiglu_jvp": _with_tangents("swiglu", examples["swiglu"], ()),
         "linear_ce_jvp": _with_tangents("linear_ce", examples["linear_ce"], (-100,)),
         "rms_norm_jvp": _with_tangents("rms_norm", examples["rms_norm residual"], (1e-2,)),

@@ -52,7 +52,7 @@ def test_opcheck_in_16_bits(backend: str, keep_rest: bool) -> None:
     backward = (draw(*o.shape, seed=3).bfloat16(), *given, o, lse, o_rest, *params)
     opcheck(torch.ops.ttt_kernels.swa_backward.default, (*backward, [True] * 3, backend))
     opcheck(torch.ops.ttt_kernels.swa_double_backward.default, (*inputs, *backward, [True] * 4, backend))
-    opcheck(torch.ops.ttt_kernels.swa_jvp.default, (*inputs, LENGTHS, None, *inputs, 4, 0.7, backend))
+    opcheck(torch.ops.ttt_kernels.swa_jvp.default, (*inputs, LENGTHS, None, *inputs, 4, 0.7, 0, backend))
     wide = operator.forward(*(t.double() for t in inputs), *given[3:], *params, backend="reference")[0]
     if keep_rest:
         # The formulas round P for its product with V.

@@ -6,7 +6,8 @@ to t is J^T d, the backward of f for the cotangent d, and with respect to the in
 backward, the gradient of <J^T d, t>. A twin needs no kernels of its own, but may have them where they share products.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +15,10 @@ from torch import Tensor
 from ttt_kernels.registry import Kernel, Operator
 from ttt_kernels.tangents import total
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-def twin(base: Operator, **fixed: Any) -> Operator:
+
+def twin(base: Operator, whole: Mapping[str, Any] = _NOTHING, **fixed: Any) -> Operator:
     """The operator `<name>_jvp` of an operator with one output.
 
     Its inputs are those of `base`, then a tangent for each that is differentiable, in their order, None being zero;
@@ -23,6 +26,8 @@ def twin(base: Operator, **fixed: Any) -> Operator:
 
     Args:
         base: all its backends serve the twin too.
+        whole: values of parameters with which base's backward gives gradients of all there is, where a caller's
+            value leaves some out; the tangents then have the shapes of what is left.
         fixed: values of parameters of base in every call.
     """
 
@@ -30,7 +35,7 @@ def twin(base: Operator, **fixed: Any) -> Operator:
         out, *saved = base.fake(*given[: len(base.inputs)], *_settings(base, fixed, given[_count(base) :]))
         return out, out.new_empty(out.shape), *saved
 
-    kernels = {name: composed(base, of, **fixed) for name, of in base.kernels.items()}
+    kernels = {name: composed(base, of, whole, **fixed) for name, of in base.kernels.items()}
     return twin_of_kernels(base, kernels, fake, base.saved, fixed)
 
 
@@ -58,7 +63,9 @@ def twin_of_kernels(
     )
 
 
-def composed(base: Operator, of: dict[str, Kernel], **fixed: Any) -> dict[str, Kernel]:
+def composed(
+    base: Operator, of: dict[str, Kernel], whole: Mapping[str, Any] = _NOTHING, **fixed: Any
+) -> dict[str, Kernel]:
     """A twin's kernels, composed of those of base's three orders on one backend, and saving what those save."""
     n_in, n_diff = len(base.inputs), len(base.differentiable)
     n_params = len(base.params) - len(fixed)
@@ -77,12 +84,14 @@ def composed(base: Operator, of: dict[str, Kernel], **fixed: Any) -> dict[str, K
         needs, given = given[-1], given[:-1]
         inputs, dots, rest = given[:n_in], given[n_in : n_in + n_diff], given[n_in + n_diff :]
         state = len(rest) - n_params
-        every = (*inputs, *rest[:state], *_settings(base, fixed, rest[state:]))
+        settings = _settings(base, fixed, rest[state:])
+        every = (*inputs, *rest[:state], *settings)
         of_inputs, of_dots = needs[:n_diff], needs[n_diff:]
         to_inputs: tuple[Tensor | None, ...] = (None,) * n_diff
         to_dots: tuple[Tensor | None, ...] = (None,) * n_diff
         if any(of_inputs):
-            direct = of["backward"](d_out, *every, of_inputs)
+            of_all = [whole.get(name, value) for name, value in zip(base.params, settings, strict=True)]
+            direct = of["backward"](d_out, *inputs, *rest[:state], *of_all, of_inputs)
             through = of["double_backward"](*dots, d_tangent, *every, (False, *of_inputs))[1:]
             to_inputs = tuple(total(a, b) for a, b in zip(direct, through, strict=True))
         if any(of_dots):

@@ -153,7 +153,7 @@ struct Task {
                 summarize(tiles, seen.size(), columns(some), of.lse + row, near + row,
                           {r + row, square + row});
                 add_rows(tiles.s1, kV, some, seen);
-                if (c.c) add_rows(tiles.p, kC, some, seen);
+                if (given(c.c, seen)) add_rows(tiles.p, kC, some, seen);
             }
         }
     }
@@ -184,7 +184,7 @@ struct Task {
                               e + row);
                 if (c.q_bar) {
                     add_rows(tiles.g, kK, some, seen);
-                    if (c.b) add_rows(tiles.d_p, kB, some, seen);
+                    if (given(c.b, seen)) add_rows(tiles.d_p, kB, some, seen);
                 }
                 if (c.k_bar) {
                     add_keys(tiles.g, of.q, some, seen, origin, k_sum);
@@ -218,6 +218,9 @@ struct Task {
         return {round_down(seen.begin, kRows), round_up(seen.end, kRows)};
     }
 
+    // Whether B or C has other rows than zeros for some of these keys.
+    bool given(const Source<C>& tensor, Range seen) const { return tensor && seen.end > c.key_start; }
+
     // out (keys, kQueries) = [out +] rows of keys times the transpose of rows of queries.
     template <bool kAdd>
     void product(int64_t tensor, const C* panels, Range some, Range seen, C* out) const {
@@ -229,16 +232,17 @@ struct Task {
     void fill_weights(Range some, Range seen) const {
         product<false>(kK, of.q_panels, some, seen, tiles.p);
         hide(queries, some, seen, seen, tiles.p);
+        const bool b = given(c.b, seen);
         if (c.a) product<false>(kK, a_panels, some, seen, tiles.s1);
-        if (c.a && c.b) product<true>(kB, of.q_panels, some, seen, tiles.s1);
-        if (!c.a && c.b) product<false>(kB, of.q_panels, some, seen, tiles.s1);
-        if (!c.a && !c.b) fill(tiles.s1, seen.size() * kQueries, C(0));
+        if (c.a && b) product<true>(kB, of.q_panels, some, seen, tiles.s1);
+        if (!c.a && b) product<false>(kB, of.q_panels, some, seen, tiles.s1);
+        if (!c.a && !b) fill(tiles.s1, seen.size() * kQueries, C(0));
     }
 
     // dP and dO C^T.
     void fill_gradients(Range some, Range seen) const {
         product<false>(kV, of.do_panels, some, seen, tiles.d_p);
-        if (c.c)
+        if (given(c.c, seen))
             product<false>(kC, of.do_panels, some, seen, tiles.g);
         else
             fill(tiles.g, seen.size() * kQueries, C(0));

@@ -77,7 +77,8 @@ a backward are exact too.
 Where `keep_rest`, `o_rest` is what 16-bit `o` lost to rounding, rounded itself; otherwise it has no elements. A row's
 sum of dO * O stands against sums of exact products dO V^T, and where values have something in common the difference
 is smaller than what `o` lost."""
-jvp_operator = twin(operator, key_start=0, keep_rest=True)
+jvp_operator = twin(operator, whole={"key_start": 0}, keep_rest=True)
+"""Its tangents of keys and values are those from `key_start` on; keys before have none."""
 
 
 def sliding_window_attention(
@@ -160,5 +161,5 @@ def sliding_window_attention_jvp(
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     tensors = (q, k, v, key_lengths, cu_seqlens, q_dot, k_dot, v_dot)
     chosen = jvp_operator.select(backend, *tensors)
-    o, tangent, *_ = jvp_operator.forward(*tensors, window, scale, backend=chosen)
+    o, tangent, *_ = jvp_operator.forward(*tensors, window, scale, 0, backend=chosen)
     return o, tangent
