@@ -52,6 +52,7 @@ SWEEP, SUMS, ROLLBACK, ALONG, STRETCHES, SLABS, CACHES = (
 )
 SWEEPS = "test_sweeps_equal_the_graph"
 TWIN, SLOPE = "test_within_budget and swiglu_jvp", "test_within_budget and linear_ce_slope"
+ATTENTION_TWIN = "test_within_budget and swa_jvp"
 
 OPERATORS = ("swa", "swiglu", "linear_ce", "rms_norm", "rope", "clipped_sgd")
 
@@ -73,7 +74,7 @@ class Mutation(NamedTuple):
         *folders, name = Path(self.file).parts
         if folders == ["engine"]:
             return "tests/test_meta_gradient.py"
-        if folders == ["ttt_kernels"] or self.test in (TWIN, SLOPE):
+        if folders == ["ttt_kernels"] or self.test in (TWIN, SLOPE, ATTENTION_TWIN):
             return "tests/test_every_operator.py"
         of_folder = folders[0] == "ttt_kernels"
         operator = folders[1] if of_folder else next(o for o in OPERATORS if name.startswith(o))
@@ -98,15 +99,15 @@ MUTATIONS = (
              "if (c.a) fill(tiles.s1, seen.size() * kQueries, C(0));", SECOND),
     Mutation("S' loses Q B^T", DOUBLE, "product<true>(kB, of.q_panels, some, seen, tiles.s1)", "(void)0", SECOND),
     Mutation("S' without its mean", DOUBLE, "s = load(t.s1 + i) - of_r,", "s = load(t.s1 + i),", SECOND),
-    Mutation("dO_bar loses P C", DOUBLE, "if (given(c.c, seen)) add_rows(tiles.p, kC, some, seen);", "", SECOND),
+    Mutation("dO_bar loses P C", DOUBLE, "if (given(c.c, seen)) add_rows(tiles.p, kC, some, seen, sum);", "", SECOND),
     Mutation("dO_bar loses r O", DOUBLE, "load(m + d) - load(o + d)", "load(m + d)", SECOND),
     Mutation("E forgets the D correction", DOUBLE, " - of.delta[row] * r[row];", ";", SECOND),
     Mutation("T forgets the D correction", DOUBLE, "p * (s * difference +", "p * (s * load(t.d_p + i) +", SECOND),
     Mutation("T loses dO C^T", DOUBLE, "(s * difference + load(t.g + i) - of_e)", "(s * difference - of_e)", SECOND),
-    Mutation("Q_bar loses dS B", DOUBLE, "if (given(c.b, seen)) add_rows(tiles.d_p, kB, some, seen);", "", SECOND),
+    Mutation("Q_bar loses dS B", DOUBLE, "if (given(c.b, seen)) add_rows(tiles.d_p, kB, some, seen, sum);", "", SECOND),
     Mutation("K_bar loses dS^T A", DOUBLE, "if (c.a) add_keys(tiles.d_p, a, some, seen, origin, k_sum);", "",
              SECOND),
-    Mutation("V_bar of P instead of P'", DOUBLE, "store(t.p + i, p * s);", "store(t.p + i, p);", SECOND),
+    Mutation("V_bar of P instead of P'", DOUBLE, "store(t.s1 + i, p * s);", "store(t.s1 + i, p);", SECOND),
     Mutation("r loses n", DOUBLE, "r[row] += near[row];", "r[row] += C(0);", MEAN),
     Mutation("o without what it lost", "csrc/cpu/swa_gradient.h", "if (!o_rest) return;", "return;", MEAN),
     Mutation("S' with what a row has in common", DOUBLE, "return shared > 4 * spread;", "return false;", MEAN),
@@ -114,6 +115,15 @@ MUTATIONS = (
              "test_backward_from_a_key_on_differentiates"),
     Mutation("cotangents in the block of key_start are left out", DOUBLE, "seen.end > c.key_start",
              "seen.begin > c.key_start", "test_backward_from_a_key_on_differentiates"),
+    Mutation("twin: V_bar loses P^T X", DOUBLE, "if (c.x) add_keys(tiles.p, x, some, seen, origin, v_sum);", "",
+             ATTENTION_TWIN),
+    Mutation("twin: T loses X V^T", DOUBLE, "if (by_c && c.x) product<true>(kV, x_panels, some, seen, tiles.g);", "",
+             ATTENTION_TWIN),
+    Mutation("twin: T loses rowsum(X * O)", DOUBLE, "e[row] += dot(x + row * stride, o, D);", "", ATTENTION_TWIN),
+    Mutation("twin: dV of P' instead of P", DOUBLE, "add_keys(tiles.p, of.d_o, some, seen, origin, dv_sum);",
+             "add_keys(tiles.s1, of.d_o, some, seen, origin, dv_sum);", ATTENTION_TWIN),
+    Mutation("twin: keys before key_start lose the output's cotangent", "ttt_kernels/jvp.py",
+             "whole.get(name, value) for", "value for", ATTENTION_TWIN),
     Mutation("swiglu's slope loses its second term", "csrc/cpu/swiglu.cpp", "slope = s + silu * rest", "slope = s",
              SETS),
     Mutation("swiglu's curvature", "csrc/cpu/swiglu.cpp", "splat(C(2)) + g * (rest - s)",
@@ -179,9 +189,9 @@ MUTATIONS = (
              "*(torch.zeros_like(t) for t in self._past)", SWEEPS),
     Mutation("stretches: one key too few is kept", CACHES, "else min(length, window - 1)",
              "else min(length, window - 2)", SWEEPS),
-    Mutation("tangents: values have none", ALONG, "(ops.rope(k_dot, positions), v_dot)",
-             "(ops.rope(k_dot, positions), torch.zeros_like(v_dot))", SWEEPS),
-    Mutation("tangents: keys stay where they are", ALONG, "(ops.rope(k_dot, positions), v_dot)", "(k_dot, v_dot)",
+    Mutation("tangents: values have none", ALONG, "ops.rope(k_dot, positions), v_dot)",
+             "ops.rope(k_dot, positions), 0 * v_dot)", SWEEPS),
+    Mutation("tangents: keys stay where they are", ALONG, "ops.rope(k_dot, positions), v_dot)", "k_dot, v_dot)",
              SWEEPS),
     Mutation("tangents: none beside an MLP", ALONG, "ops.norm_jvp(y, w.post_norm, x, y_dot, x_dot)",
              "ops.norm_jvp(y, w.post_norm, x, y_dot, None)", SWEEPS),

@@ -18,7 +18,12 @@ from ttt_kernels.tangents import total
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-def twin(base: Operator, whole: Mapping[str, Any] = _NOTHING, **fixed: Any) -> Operator:
+def twin(
+    base: Operator,
+    whole: Mapping[str, Any] = _NOTHING,
+    own: Mapping[str, dict[str, Kernel]] = _NOTHING,
+    **fixed: Any,
+) -> Operator:
     """The operator `<name>_jvp` of an operator with one output.
 
     Its inputs are those of `base`, then a tangent for each that is differentiable, in their order, None being zero;
@@ -28,6 +33,7 @@ def twin(base: Operator, whole: Mapping[str, Any] = _NOTHING, **fixed: Any) -> O
         base: all its backends serve the twin too.
         whole: values of parameters with which base's backward gives gradients of all there is, where a caller's
             value leaves some out; the tangents then have the shapes of what is left.
+        own: backend -> order -> a kernel that stands for the one composed of base's, which saves the same.
         fixed: values of parameters of base in every call.
     """
 
@@ -35,7 +41,9 @@ def twin(base: Operator, whole: Mapping[str, Any] = _NOTHING, **fixed: Any) -> O
         out, *saved = base.fake(*given[: len(base.inputs)], *_settings(base, fixed, given[_count(base) :]))
         return out, out.new_empty(out.shape), *saved
 
-    kernels = {name: composed(base, of, whole, **fixed) for name, of in base.kernels.items()}
+    kernels = {
+        name: composed(base, of, whole, **fixed) | own.get(name, {}) for name, of in base.kernels.items()
+    }
     return twin_of_kernels(base, kernels, fake, base.saved, fixed)
 
 

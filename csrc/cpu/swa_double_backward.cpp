@@ -8,6 +8,10 @@
 // the difference of rounded terms would lose that. A task has the queries of a chunk and goes twice through
 // the keys that they see: first for r, E and O', its cotangent of dO, which is also the derivative of the
 // output along (A, B, C); then for the others. It shares its part of K' and V' as the backward pass does.
+//
+// Where O and O' have both been given to somebody, both have cotangents, X and dO: then X V^T - rowsum(X * O)
+// joins what stands beside S' in T, P^T X joins V', and those of A, B and C, which are what the backward pass
+// gives for dO, cost a product each.
 #include <algorithm>
 
 #include "common/parallel.h"
@@ -24,12 +28,14 @@ template <class C>
 struct Call {
     Sizes s;
     Outcome<C> outcome;
-    Source<C> k, v, a, b, c;
+    Source<C> k, v, a, b, c, x;
     int64_t key_start;
     Sink<C> do_bar, q_bar;
     KeySum<C> k_bar, v_bar;
+    Sink<C> dq;
+    KeySum<C> dk, dv;
 
-    bool second_sweep() const { return q_bar || k_bar || v_bar; }
+    bool second_sweep() const { return q_bar || k_bar || v_bar || dq || dk || dv; }
 };
 
 enum Tensors { kK, kV, kB, kC };
@@ -72,7 +78,7 @@ void summarize(const Tiles<C>& t, int64_t keys, int64_t columns, const C* lse, c
     }
 }
 
-// Takes one tile of the second sweep: p becomes P', d_p becomes dS, and g becomes T.
+// Takes one tile of the second sweep: p becomes P, s1 becomes P', d_p becomes dS, and g becomes T.
 template <class C>
 void differentiate(const Tiles<C>& t, int64_t keys, int64_t columns, const C* lse, const C* delta, const C* r,
                    const C* e) {
@@ -83,7 +89,8 @@ void differentiate(const Tiles<C>& t, int64_t keys, int64_t columns, const C* ls
                          difference = load(t.d_p + i) - d;
             store(t.g + i, p * (s * difference + load(t.g + i) - of_e));
             store(t.d_p + i, p * difference);
-            store(t.p + i, p * s);
+            store(t.s1 + i, p * s);
+            store(t.p + i, p);
         }
     }
 }
@@ -99,25 +106,31 @@ struct Task {
           padded(round_up(rows, kQueries)),
           D(c.s.D),
           stride(row_stride<C>(D)),
-          scratch(GradientRows<C>::elements(padded, D) + padded * (2 * stride + D + 4) +
-                  4 * Tiles<C>::kElements + 2 * kKeys * stride),
+          scratch(GradientRows<C>::elements(padded, D) + padded * (4 * stride + 2 * D + 4) +
+                  4 * Tiles<C>::kElements + 4 * kKeys * stride),
           of(c.outcome, c.s, queries, scratch),
           a(scratch.take(padded * stride)),
+          x(scratch.take(padded * stride)),
           sum(scratch.take(padded * stride)),
+          dq_sum(scratch.take(padded * stride)),
           a_panels(scratch.take(padded * D)),
+          x_panels(scratch.take(padded * D)),
           r(scratch.take(padded)),
           e(scratch.take(padded)),
           square(scratch.take(padded)),
           near(scratch.take(padded)),
           tiles(scratch),
           k_sum(scratch.take(kKeys * stride)),
-          v_sum(scratch.take(kKeys * stride)) {
+          v_sum(scratch.take(kKeys * stride)),
+          dk_sum(scratch.take(kKeys * stride)),
+          dv_sum(scratch.take(kKeys * stride)) {
         if (c.a) pack_queries(c.a, queries, D, c.outcome.scale, a, a_panels);
+        if (c.x) pack_queries(c.x, queries, D, C(1), x, x_panels);
         fill(e, padded, C(0));
         fill(near, padded, C(0));
     }
 
-    // r, E and O'.
+    // r, E (with X's part) and O'.
     void first_sweep() {
         summarize_keys();
         if (common()) {
@@ -134,6 +147,10 @@ struct Task {
                 c.outcome.read(queries.b, position, head, D, r[row], o, spare);
                 for (int64_t d = 0; d < D; d += lanes<C>) store(m + d, load(m + d) - load(o + d));
                 c.do_bar.write(queries.b, position, head, m, C(1));
+            }
+            if (c.x) {
+                c.outcome.read(queries.b, position, head, D, C(1), o, spare);
+                e[row] += dot(x + row * stride, o, D);
             }
             r[row] += near[row];
         }
@@ -152,8 +169,8 @@ struct Task {
                 fill_weights(some, seen);
                 summarize(tiles, seen.size(), columns(some), of.lse + row, near + row,
                           {r + row, square + row});
-                add_rows(tiles.s1, kV, some, seen);
-                if (given(c.c, seen)) add_rows(tiles.p, kC, some, seen);
+                add_rows(tiles.s1, kV, some, seen, sum);
+                if (given(c.c, seen)) add_rows(tiles.p, kC, some, seen, sum);
             }
         }
     }
@@ -168,13 +185,15 @@ struct Task {
         return shared > 4 * spread;
     }
 
-    // Q', K' and V'.
+    // Q', K' and V', and dQ, dK and dV.
     void second_sweep(int64_t chunk, Turns& turns) {
         const Range range = queries.keys();
         fill(sum, padded * stride, C(0));
+        fill(dq_sum, padded * stride, C(0));
         for (int64_t origin = round_down(range.begin, kKeys); origin < range.end; origin += kKeys) {
-            fill(k_sum, kKeys * stride, C(0));
-            fill(v_sum, kKeys * stride, C(0));
+            const Range block{origin, origin + kKeys}, wanted = block & Range{0, c.s.Tk},
+                                                       own = block & Range{c.key_start, c.s.Tk};
+            for (C* of_keys : {k_sum, v_sum, dk_sum, dv_sum}) fill(of_keys, kKeys * stride, C(0));
             for (int64_t row = 0; row < rows; row += kQueries) {
                 const Range some = rows_from(row), seen = seen_by(some, origin);
                 if (seen.empty()) continue;
@@ -183,28 +202,39 @@ struct Task {
                 differentiate(tiles, seen.size(), columns(some), of.lse + row, of.delta + row, r + row,
                               e + row);
                 if (c.q_bar) {
-                    add_rows(tiles.g, kK, some, seen);
-                    if (given(c.b, seen)) add_rows(tiles.d_p, kB, some, seen);
+                    add_rows(tiles.g, kK, some, seen, sum);
+                    if (given(c.b, seen)) add_rows(tiles.d_p, kB, some, seen, sum);
                 }
                 if (c.k_bar) {
                     add_keys(tiles.g, of.q, some, seen, origin, k_sum);
                     if (c.a) add_keys(tiles.d_p, a, some, seen, origin, k_sum);
                 }
-                if (c.v_bar) add_keys(tiles.p, of.d_o, some, seen, origin, v_sum);
+                if (c.v_bar) {
+                    add_keys(tiles.s1, of.d_o, some, seen, origin, v_sum);
+                    if (c.x) add_keys(tiles.p, x, some, seen, origin, v_sum);
+                }
+                if (c.dq) add_rows(tiles.d_p, kK, some, seen, dq_sum);
+                if (c.dk && !own.empty()) add_keys(tiles.d_p, of.q, some, seen, origin, dk_sum);
+                if (c.dv && !own.empty()) add_keys(tiles.p, of.d_o, some, seen, origin, dv_sum);
             }
-            if (!c.k_bar && !c.v_bar) continue;
-            const Range block{origin, origin + kKeys}, wanted = block & Range{0, c.s.Tk};
+            if (!c.k_bar && !c.v_bar && !c.dk && !c.dv) continue;
             turns.wait(group, chunk, block.end);
             c.k_bar.add(c.s, queries, block, wanted, k_sum);
             c.v_bar.add(c.s, queries, block, wanted, v_sum);
+            c.dk.add(c.s, queries, block, own, dk_sum);
+            c.dv.add(c.s, queries, block, own, dv_sum);
             turns.done(group, chunk, block.end);
         }
         turns.wait(group, chunk, c.s.Tk);
         turns.done(group, chunk, round_up(c.s.Tk, kKeys));
-        if (!c.q_bar) return;
+        if (c.q_bar) write_rows(c.q_bar, sum);
+        if (c.dq) write_rows(c.dq, dq_sum);
+    }
+
+    void write_rows(const Sink<C>& to, const C* values) const {
         for (int64_t row = 0; row < rows; ++row)
-            c.q_bar.write(queries.b, queries.position(row), queries.head(row), sum + row * stride,
-                          c.outcome.scale);
+            to.write(queries.b, queries.position(row), queries.head(row), values + row * stride,
+                     c.outcome.scale);
     }
 
     static constexpr int N = kColumns<C>;
@@ -239,19 +269,20 @@ struct Task {
         if (!c.a && !b) fill(tiles.s1, seen.size() * kQueries, C(0));
     }
 
-    // dP and dO C^T.
+    // dP and dO C^T + X V^T.
     void fill_gradients(Range some, Range seen) const {
         product<false>(kV, of.do_panels, some, seen, tiles.d_p);
-        if (given(c.c, seen))
-            product<false>(kC, of.do_panels, some, seen, tiles.g);
-        else
-            fill(tiles.g, seen.size() * kQueries, C(0));
+        const bool by_c = given(c.c, seen);
+        if (by_c) product<false>(kC, of.do_panels, some, seen, tiles.g);
+        if (by_c && c.x) product<true>(kV, x_panels, some, seen, tiles.g);
+        if (!by_c && c.x) product<false>(kV, x_panels, some, seen, tiles.g);
+        if (!by_c && !c.x) fill(tiles.g, seen.size() * kQueries, C(0));
     }
 
-    // The rows' sums += transpose of a tile times rows of keys.
-    void add_rows(const C* tile, int64_t tensor, Range some, Range seen) const {
+    // The rows' sums in `out` += transpose of a tile times rows of keys.
+    void add_rows(const C* tile, int64_t tensor, Range some, Range seen, C* out) const {
         multiply<C, true, true>(tile, kQueries, keys.at(tensor, group, seen.begin), stride, N, some.size(), D,
-                                seen.size(), sum + some.begin * stride, stride);
+                                seen.size(), out + some.begin * stride, stride);
     }
 
     // A block's sums += a tile times rows of queries.
@@ -266,9 +297,9 @@ struct Task {
     const int64_t group, rows, padded, D, stride;
     Scratch<C> scratch;
     const GradientRows<C> of;
-    C *a, *sum, *a_panels, *r, *e, *square, *near;
+    C *a, *x, *sum, *dq_sum, *a_panels, *x_panels, *r, *e, *square, *near;
     const Tiles<C> tiles;
-    C *k_sum, *v_sum;
+    C *k_sum, *v_sum, *dk_sum, *dv_sum;
 };
 
 template <class C>
@@ -290,12 +321,13 @@ void double_backward(const Call<C>& c) {
 
 void swa_double_backward(Dtype dtype, const void* a, int64_t a_b, int64_t a_t, int64_t a_h, const void* b,
                          int64_t b_b, int64_t b_t, int64_t b_h, const void* c, int64_t c_b, int64_t c_t,
-                         int64_t c_h, const void* d_o, int64_t do_b, int64_t do_t, int64_t do_h,
-                         const void* q, int64_t q_b, int64_t q_t, int64_t q_h, const void* k, int64_t k_b,
-                         int64_t k_t, int64_t k_h, const void* v, int64_t v_b, int64_t v_t, int64_t v_h,
-                         const int64_t* first, int64_t first_b, const void* o, int64_t o_b, int64_t o_t,
-                         int64_t o_h, const void* o_rest, int64_t rest_b, int64_t rest_t, int64_t rest_h,
-                         const void* lse, void* do_bar, void* q_bar, void* k_bar, void* v_bar, int64_t B,
+                         int64_t c_h, const void* x, int64_t x_b, int64_t x_t, int64_t x_h, const void* d_o,
+                         int64_t do_b, int64_t do_t, int64_t do_h, const void* q, int64_t q_b, int64_t q_t,
+                         int64_t q_h, const void* k, int64_t k_b, int64_t k_t, int64_t k_h, const void* v,
+                         int64_t v_b, int64_t v_t, int64_t v_h, const int64_t* first, int64_t first_b,
+                         const void* o, int64_t o_b, int64_t o_t, int64_t o_h, const void* o_rest,
+                         int64_t rest_b, int64_t rest_t, int64_t rest_h, const void* lse, void* do_bar,
+                         void* q_bar, void* k_bar, void* v_bar, void* dq, void* dk, void* dv, int64_t B,
                          int64_t Tq, int64_t Tk, int64_t H, int64_t Hk, int64_t D, int64_t key_start,
                          double scale) {
     dispatch(dtype, [&](auto element) {
@@ -313,11 +345,15 @@ void swa_double_backward(Dtype dtype, const void* a, int64_t a_b, int64_t a_t, i
              tensor(a, a_b, a_t, a_h),
              tensor(b, b_b, b_t, b_h),
              tensor(c, c_b, c_t, c_h),
+             tensor(x, x_b, x_t, x_h),
              key_start,
              {static_cast<T*>(do_bar), Tq, H, D},
              {static_cast<T*>(q_bar), Tq, H, D},
              {static_cast<C*>(k_bar), 0},
-             {static_cast<C*>(v_bar), 0}});
+             {static_cast<C*>(v_bar), 0},
+             {static_cast<T*>(dq), Tq, H, D},
+             {static_cast<C*>(dk), key_start},
+             {static_cast<C*>(dv), key_start}});
     });
 }
 

@@ -77,7 +77,9 @@ a backward are exact too.
 Where `keep_rest`, `o_rest` is what 16-bit `o` lost to rounding, rounded itself; otherwise it has no elements. A row's
 sum of dO * O stands against sums of exact products dO V^T, and where values have something in common the difference
 is smaller than what `o` lost."""
-jvp_operator = twin(operator, whole={"key_start": 0}, keep_rest=True)
+jvp_operator = twin(
+    operator, whole={"key_start": 0}, own={"cpu": {"backward": cpu.jvp_backward}}, keep_rest=True
+)
 """Its tangents of keys and values are those from `key_start` on; keys before have none."""
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ttt_kernels.extension import compute_dtype, dtype_code, kernels
@@ -111,30 +112,79 @@ def double_backward(
     key_start: int,
     keep_rest: bool,
     needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """As `reference.double_backward`."""
-    cotangents = [None if g is None else _rows(g) for g in (g_q, g_k, g_v)]
+    settings = (window, scale, key_start)
+    saved = (q, k, v, key_lengths, cu_seqlens, o, lse, o_rest)
+    return _second((g_q, g_k, g_v), None, d_o, *saved, *settings, (*needs, False, False, False))[:4]
+
+
+def jvp_backward(
+    d_o: Tensor,
+    d_tangent: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    v_dot: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    o_rest: Tensor,
+    window: int | None,
+    scale: float,
+    key_start: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The backward of the twin that takes tangents: cotangents of q, k, v and of their tangents, in one kernel."""
+    settings = (window, scale, key_start)
+    saved = (q, k, v, key_lengths, cu_seqlens, o, lse, o_rest)
+    if not any(needs[:3]):
+        to_dots = backward(d_tangent, *saved, *settings, True, needs[3:])
+        return None, None, None, *to_dots
+    return _second((q_dot, k_dot, v_dot), d_o, d_tangent, *saved, *settings, (False, *needs))[1:]
+
+
+def _second(
+    cotangents: Sequence[Tensor | None],
+    d_output: Tensor | None,
+    d_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    o_rest: Tensor,
+    window: int | None,
+    scale: float,
+    key_start: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Cotangents of d_o, q, k and v, those of a cotangent of o included, and the gradients of q, k and v for d_o."""
+    given = [None if g is None else _rows(g) for g in (*cotangents, d_output)]
     d_o, q, k, v, o, o_rest = (_rows(t) for t in (d_o, q, k, v, o, o_rest))
     lse = lse.contiguous()
     b, tq, heads, d = q.shape
     _, tk, kv_heads, _ = k.shape
     first, first_b = _first_keys(q, k, key_lengths, cu_seqlens, window)
-    wide = compute_dtype(q.dtype)
-    do_bar = q.new_empty(q.shape) if needs[0] else None
-    q_bar = q.new_empty(q.shape) if needs[1] else None
-    k_bar = k.new_zeros(k.shape, dtype=wide) if needs[2] else None
-    v_bar = k.new_zeros(k.shape, dtype=wide) if needs[3] else None
+    own, wide = (b, tk - key_start, kv_heads, d), compute_dtype(q.dtype)
+    of_queries, of_keys = (q.shape, None), (k.shape, wide)
+    kinds = (of_queries, of_queries, of_keys, of_keys, of_queries, (own, wide), (own, wide))
+    results = [_memory(q, *kind) if need else None for kind, need in zip(kinds, needs, strict=True)]
     if q.numel():
         kernels().swa_double_backward(
-            dtype_code(q.dtype), *(n for g in cotangents for n in _located(g)),
+            dtype_code(q.dtype), *(n for g in given for n in _located(g)),
             *_located(d_o), *_located(q), *_located(k), *_located(v), first.data_ptr(), first_b, *_located(o),
-            *_located(o_rest), lse.data_ptr(),
-            *(0 if t is None else t.data_ptr() for t in (do_bar, q_bar, k_bar, v_bar)),
+            *_located(o_rest), lse.data_ptr(), *(0 if t is None else t.data_ptr() for t in results),
             b, tq, tk, heads, kv_heads, d, key_start, scale,
         )  # fmt: skip
-    return (
-        do_bar,
-        q_bar,
-        None if k_bar is None else k_bar.to(k.dtype),
-        None if v_bar is None else v_bar.to(v.dtype),
-    )
+    return tuple(None if t is None else t.to(q.dtype) for t in results)
+
+
+def _memory(like: Tensor, shape: Sequence[int], sums: torch.dtype | None) -> Tensor:
+    """A result of like's dtype, or zeros to add to in the dtype of sums."""
+    return like.new_empty(shape) if sums is None else like.new_zeros(shape, dtype=sums)
