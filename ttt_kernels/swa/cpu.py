@@ -1,6 +1,7 @@
 """Attention over a sliding window on the C++ kernels of csrc/cpu/swa_*.cpp."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,59 +115,35 @@ def double_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """As `reference.double_backward`."""
-    settings = (window, scale, key_start)
-    saved = (q, k, v, key_lengths, cu_seqlens, o, lse, o_rest)
-    return _second((g_q, g_k, g_v), None, d_o, *saved, *settings, (*needs, False, False, False))[:4]
+    saved = (q, k, v, key_lengths, cu_seqlens, o, lse, o_rest, window, scale, key_start)
+    return _second((g_q, g_k, g_v), None, d_o, saved, (*needs, False, False, False))[:4]
 
 
 def jvp_backward(
-    d_o: Tensor,
-    d_tangent: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    q_dot: Tensor | None,
-    k_dot: Tensor | None,
-    v_dot: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    o_rest: Tensor,
-    window: int | None,
-    scale: float,
-    key_start: int,
-    needs: Sequence[bool],
+    d_o: Tensor, d_tangent: Tensor, q: Tensor, k: Tensor, v: Tensor, *given: Any
 ) -> tuple[Tensor | None, ...]:
     """The backward of the twin that takes tangents: cotangents of q, k, v and of their tangents, in one kernel."""
-    settings = (window, scale, key_start)
-    saved = (q, k, v, key_lengths, cu_seqlens, o, lse, o_rest)
+    key_lengths, cu_seqlens, q_dot, k_dot, v_dot, *kept, needs = given
+    saved: list[Any] = [q, k, v, key_lengths, cu_seqlens, *kept]
     if not any(needs[:3]):
-        to_dots = backward(d_tangent, *saved, *settings, True, needs[3:])
-        return None, None, None, *to_dots
-    return _second((q_dot, k_dot, v_dot), d_o, d_tangent, *saved, *settings, (False, *needs))[1:]
+        return None, None, None, *backward(d_tangent, *saved, True, needs[3:])
+    return _second((q_dot, k_dot, v_dot), d_o, d_tangent, saved, (False, *needs))[1:]
 
 
 def _second(
     cotangents: Sequence[Tensor | None],
     d_output: Tensor | None,
     d_o: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    o_rest: Tensor,
-    window: int | None,
-    scale: float,
-    key_start: int,
+    saved: Sequence[Any],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Cotangents of d_o, q, k and v, those of a cotangent of o included, and the gradients of q, k and v for d_o."""
+    """Cotangents of d_o, q, k and v, those of a cotangent of o included, and the gradients of q, k and v for d_o.
+
+    `saved` are q, k, v, key_lengths, cu_seqlens, o, lse, o_rest, window, scale and key_start.
+    """
+    *_, key_lengths, cu_seqlens, o, lse, o_rest, window, scale, key_start = saved
     given = [None if g is None else _rows(g) for g in (*cotangents, d_output)]
-    d_o, q, k, v, o, o_rest = (_rows(t) for t in (d_o, q, k, v, o, o_rest))
+    d_o, q, k, v, o, o_rest = (_rows(t) for t in (d_o, *saved[:3], o, o_rest))
     lse = lse.contiguous()
     b, tq, heads, d = q.shape
     _, tk, kv_heads, _ = k.shape
