@@ -126,7 +126,8 @@ def jvp_backward(
     key_lengths, cu_seqlens, q_dot, k_dot, v_dot, *kept, needs = given
     saved: list[Any] = [q, k, v, key_lengths, cu_seqlens, *kept]
     if not any(needs[:3]):
-        return None, None, None, *backward(d_tangent, *saved, True, needs[3:])
+        arguments: list[Any] = [d_tangent, *saved, True, needs[3:]]
+        return None, None, None, *backward(*arguments)
     return _second((q_dot, k_dot, v_dot), d_o, d_tangent, saved, (False, *needs))[1:]
 
 
