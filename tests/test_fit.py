@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from train_runs import run
+from train_runs import MODEL, run
 
 from engine.config import TTTConfig
-from engine.training.fit import fit, plans, predicted, trial_lengths
+from engine.training.fit import Plan, fit, plans, predicted, rehearsed, trial_lengths
 from engine.training.run import Run
 from engine.training.trial import Choice, Cost, try_out
 
@@ -23,9 +23,11 @@ class FakeTrial:
     def __init__(self, limit: int = 10**12) -> None:
         self.limit = limit
         self.tried: list[tuple[Choice, int]] = []
+        self.passes: list[int] = []
 
-    def __call__(self, run: Run, choice: Choice, length: int) -> Cost | None:
+    def __call__(self, run: Run, choice: Choice, length: int, passes: int = 1) -> Cost | None:
         self.tried.append((choice, length))
+        self.passes.append(passes)
         weight = {"graph": 4, "rollback": 2}[choice.method] * (1 if choice.checkpoint_blocks else 2)
         peak = 100 * MEGABYTE + choice.rows * length * weight * 1024
         pace = {"graph": 1.0, "rollback": 1.3}[choice.method]
@@ -67,15 +69,16 @@ def test_long_sequences_are_extrapolated(tmp_path: Path) -> None:
     config = TTTConfig.preset("tiny")
     given = run(tmp_path, model=config, seq_length=2**17)
     lengths = trial_lengths(given)
-    assert lengths == [512 + 128, 512 + 4 * 128]
+    assert lengths == [512 + 128, 4 * (512 + 128)]
     trial = FakeTrial()
     plan = predicted(given, Choice(1, "rollback", True), trial)
     assert plan is not None
     assert [length for _, length in trial.tried] == lengths
     assert plan.seconds == pytest.approx(4 * 2**17 * 1.3e-3 + 0.25)
     assert plan.peak == pytest.approx(100 * MEGABYTE + 2**17 * 2 * 1024, rel=1e-6)
-    # What is not longer than sixteen mini-batches is tried itself, and so is full attention.
-    assert trial_lengths(replace(given, seq_length=2048)) == [2048]
+    # What is not longer than the longer of the two is tried itself, and so is full attention.
+    assert trial_lengths(replace(given, seq_length=2560)) == [2560]
+    assert trial_lengths(replace(given, seq_length=2688)) == lengths
     assert trial_lengths(replace(given, model=config.as_full_attention(2**17))) == [2**17]
 
 
@@ -93,6 +96,68 @@ def test_snapshots_add_a_reading_and_what_they_keep_to_a_rollback(tmp_path: Path
     snapshot = 4 * (3 * 192 * 384 + 2 * 4 * 511 * 192)
     assert plan.peak == pytest.approx(100 * MEGABYTE + 2048 * 2 * 1024 + 7 * snapshot, rel=1e-6)
     assert plan.peak < found[Choice(1, "rollback", True)].peak
+
+
+class Surprise(FakeTrial):
+    """As `FakeTrial`, but a graph takes half as long again as it was predicted to."""
+
+    def __call__(self, run: Run, choice: Choice, length: int, passes: int = 1) -> Cost | None:
+        cost = super().__call__(run, choice, length, passes)
+        if cost is None or choice.method != "graph":
+            return cost
+        return replace(cost, seconds=1.5 * cost.seconds, peak=cost.peak + MEGABYTE)
+
+
+def found_and_rehearsed(given: Run, free: int, trial: FakeTrial) -> tuple[list[Plan], list[Plan]]:
+    found = list(plans(given, 10**12, FakeTrial()))
+    return found, list(rehearsed(given, free, found, trial))
+
+
+def test_the_most_promising_is_rehearsed(tmp_path: Path) -> None:
+    given = run(tmp_path, model=TTTConfig.preset("tiny"), seq_length=2**14, global_batch_size=4)
+    trial = FakeTrial()
+    found, sure = found_and_rehearsed(given, 10**12, trial)
+    assert len(sure) == 1
+    best = min(found, key=lambda plan: plan.seconds)
+    assert sure[0].choice == best.choice
+    # As the formulas are linear, it takes what was predicted.
+    assert (sure[0].seconds, sure[0].peak) == (
+        pytest.approx(best.seconds),
+        pytest.approx(best.peak, rel=1e-6),
+    )
+    assert (trial.tried, trial.passes) == ([(best.choice, 2**14)], [2])
+
+
+def test_what_is_not_as_predicted_is_not_taken(tmp_path: Path) -> None:
+    given = run(tmp_path, model=TTTConfig.preset("tiny"), seq_length=2048, global_batch_size=1)
+    found, sure = found_and_rehearsed(given, 10**12, Surprise())
+    assert {plan.choice.method for plan in found} == {"graph", "rollback"}
+    # Rollback takes 1.3 times as long as a graph was predicted to; one rehearsal of it is enough.
+    assert [plan.choice.method for plan in sure] == ["graph", "graph", "rollback"]
+    assert min(sure, key=lambda plan: plan.seconds).choice.method == "rollback"
+
+
+def test_what_does_not_fit_at_full_length_is_not_taken(tmp_path: Path) -> None:
+    given = run(tmp_path, method="graph", global_batch_size=1, seq_length=24)
+    predictions = sorted(plan.peak for plan in plans(given, 10**12, FakeTrial()))
+    # Room for both as predicted, then for the smaller one alone.
+    _, sure = found_and_rehearsed(given, int((predictions[1] + 1) / 0.9), Surprise())
+    assert [plan.choice.checkpoint_blocks for plan in sure] == [False, True]
+    _, sure = found_and_rehearsed(given, 10**12, FakeTrial(limit=predictions[0]))
+    assert [plan.choice.checkpoint_blocks for plan in sure] == [True]
+
+
+@pytest.mark.slow
+def test_a_trial_keeps_gradients_where_there_is_accumulation(tmp_path: Path) -> None:
+    given = run(tmp_path, model=replace(MODEL, vocab_size=2**20), accum_steps=1, method="rollback")
+    one, two = (
+        try_out(replace(given, global_batch_size=size), Choice(1, "rollback", True), given.seq_length)
+        for size in (1, 2)
+    )
+    assert one is not None
+    assert two is not None
+    gradient = 4 * 2**20 * MODEL.hidden_size
+    assert two.peak - one.peak == pytest.approx(gradient, rel=0.25)
 
 
 @pytest.mark.slow

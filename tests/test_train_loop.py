@@ -143,6 +143,27 @@ def test_evaluation_alone(straight: Run, tmp_path: Path) -> None:
         train(run(tmp_path, eval_mode=True))
 
 
+def test_evaluation_takes_no_more_at_a_time_than_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that what had memory enough to train has enough to be evaluated; nor are the last gradients kept."""
+    original = TTTModel.loss
+    seen = []
+
+    def watched(self: TTTModel, tokens: Tensor, step: int | None = None, **options: Any) -> Any:
+        if step is None:
+            seen.append((len(tokens), [p.grad for p in self.parameters() if p.grad is not None]))
+        return original(self, tokens, step, **options)
+
+    monkeypatch.setattr(TTTModel, "loss", watched)
+    assert train(run(tmp_path, total_steps=1, accum_steps=2)) == 0
+    assert seen
+    assert all(shown == (2, []) for shown in seen)
+    seen.clear()
+    assert train(run(tmp_path, total_steps=1, eval_batch_size=1)) == 0
+    assert {rows for rows, _ in seen} == {1}
+
+
 def test_wrong_input(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"training\.global_batch_size=4 .*accum_steps=3"):
         train(run(tmp_path, accum_steps=3))
@@ -156,6 +177,8 @@ def test_wrong_input(tmp_path: Path) -> None:
 def test_random_tokens(tmp_path: Path) -> None:
     """Enough for a trial: no data are needed."""
     dataset = DatasetOptions("dummy", None, "train", "val", None, True)
-    given = run(tmp_path, dataset=dataset, total_steps=2, break_step=0)
+    given = run(tmp_path, dataset=dataset, total_steps=1)
     assert train(given) == 0
     assert losses(given)[0] == pytest.approx(math.log(256), abs=0.2)
+    result = json.loads((given.log_dir / "evaluation-00000001.json").read_text(encoding="utf-8"))
+    assert result["sequences"] == 8

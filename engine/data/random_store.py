@@ -7,16 +7,15 @@ from numpy.typing import NDArray
 
 from engine.data.store import Vocabulary, check_range, fingerprint_of
 
-_TOKENS = 2**25
 _BLOCK = 2**16
 
 
 class RandomStore:
-    """Some 33 million random tokens of a vocabulary, the same in every process and every time."""
+    """So many random tokens of a vocabulary, for each split others, the same in every process and every time."""
 
-    def __init__(self, vocab_size: int, split: str) -> None:
+    def __init__(self, vocab_size: int, split: str, length: int) -> None:
         self.name = f"random tokens ({split})"
-        self.length = _TOKENS
+        self.length = length
         self.vocabulary = Vocabulary("random", vocab_size, None)
         self._seed = [vocab_size, *split.encode()]
 

@@ -7,12 +7,17 @@ from engine.data import Sequences, TokenStore, open_store
 from engine.data.random_store import RandomStore
 from engine.training.options import DatasetOptions
 
+_TRAIN_TOKENS = 2**25
+_HELD_OUT_SEQUENCES = 8
+
 
 def open_sequences(options: DatasetOptions, split: str, config: TTTConfig, seq_length: int) -> Sequences:
     """The sequences of a split. Raises `ValueError` where there are none, or tokens of another vocabulary."""
     store: TokenStore
     if options.dummy:
-        store = RandomStore(config.vocab_size, split)
+        # A trial run is not to end with hours of evaluation.
+        length = _TRAIN_TOKENS if split == options.split else _HELD_OUT_SEQUENCES * seq_length + 1
+        store = RandomStore(config.vocab_size, split, length)
     else:
         path = None if options.path is None else str(options.path)
         store = open_store(options.name, path, split, options.tokenizer)

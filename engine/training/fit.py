@@ -2,7 +2,8 @@
 
 Trials of one step each are made with what there is to choose; a sequence that is longer than a trial takes is
 extrapolated from two trials in which the window is full, beyond which time and memory are linear in the length. Of
-snapshots, whose stretches are taken back by rollback, what they add to that is computed.
+snapshots, whose stretches are taken back by rollback, what they add to that is computed. What is best by this is
+rehearsed: tried once more as it will run.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ RESERVE = 0.9
 """The share of the free memory that a step may take."""
 _LONGEST_MINI_BATCHES = DEFAULT_SNAPSHOT_EVERY
 _GAIN = 0.97
-"""A larger batch has to take at most this share of the time per sequence."""
+"""What needs more memory, or a longer search, has to be predicted to take at most this share of the time."""
 
 
 class Trial(Protocol):
     """As `try_out`."""
 
-    def __call__(self, run: Run, choice: Choice, length: int) -> Cost | None: ...
+    def __call__(self, run: Run, choice: Choice, length: int, passes: int = 1) -> Cost | None: ...
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,15 @@ def fit(run: Run) -> int:
         f"{free / 2**30:.1f} GiB free on {run.device}, of which {RESERVE:.0%} may be used\n"
     )
     print("sequences at a time  accumulation  method     blocks again  peak memory  time per step")
-    best = None
+    found = []
     for plan in plans(run, free, try_out):
         print(_row(plan), flush=True)
-        if plan.peak <= RESERVE * free and (best is None or plan.seconds < best.seconds):
-            best = plan
+        found.append(plan)
+    print("\nthe most promising at full length:")
+    best = None
+    for plan in rehearsed(run, free, found, try_out):
+        print(_row(plan), flush=True)
+        best = _better(best, plan, free)
     if best is None:
         print("\nnothing fits: use more accumulation, shorter sequences or another device")
         return 1
@@ -83,7 +88,7 @@ def plans(run: Run, free: int, trial: Trial) -> Iterator[Plan]:
         if plan is not None:
             yield plan
             found.append(plan)
-    fitting = [plan for plan in found if plan.peak <= RESERVE * free]
+    fitting = [plan for plan in found if _fits(plan, free)]
     while fitting:
         best = min(fitting, key=lambda plan: plan.seconds)
         rows = 2 * best.choice.rows
@@ -93,8 +98,30 @@ def plans(run: Run, free: int, trial: Trial) -> Iterator[Plan]:
         if larger is None:
             return
         yield larger
-        fits = larger.peak <= RESERVE * free and larger.seconds <= _GAIN * best.seconds
-        fitting = [larger] if fits else []
+        fitting = [larger] if _fits(larger, free) and larger.seconds <= _GAIN * best.seconds else []
+
+
+def rehearsed(run: Run, free: int, found: list[Plan], trial: Trial) -> Iterator[Plan]:
+    """The plans that may be the best of all, the most promising first, as measured in two passes at full length."""
+    best = None
+    for plan in sorted((p for p in found if _fits(p, free)), key=lambda p: p.seconds):
+        if best is not None and plan.seconds > _GAIN * best.seconds:
+            return
+        cost = trial(run, plan.choice, run.seq_length, passes=2)
+        if cost is not None:
+            sure = replace(plan, peak=cost.peak, seconds=plan.accum_steps * cost.seconds + cost.update)
+            yield sure
+            best = _better(best, sure, free)
+
+
+def _fits(plan: Plan, free: int) -> bool:
+    return plan.peak <= RESERVE * free
+
+
+def _better(best: Plan | None, plan: Plan, free: int) -> Plan | None:
+    """The faster one of those that fit."""
+    faster = best is None or plan.seconds < best.seconds
+    return plan if _fits(plan, free) and faster else best
 
 
 def _ways(run: Run) -> list[tuple[str, bool]]:
@@ -141,13 +168,16 @@ def _stretch(run: Run) -> int:
 
 
 def trial_lengths(run: Run) -> list[int]:
-    """The run's own length where that is tried itself; else two lengths with a full window."""
+    """The run's own length where that is tried itself; else two lengths with a full window.
+
+    They are far enough apart that the noise of a measurement is hardly larger in the slope between the two.
+    """
     config = run.model
     unit = config.mini_batch_size
     if config.window is None:
         return [run.seq_length]
     full = -(-config.window // unit) * unit
-    lengths = [full + unit, full + 4 * unit]
+    lengths = [full + unit, 4 * (full + unit)]
     return [run.seq_length] if run.seq_length <= max(_LONGEST_MINI_BATCHES * unit, lengths[1]) else lengths
 
 

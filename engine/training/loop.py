@@ -146,16 +146,7 @@ class _Training:
         self._optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=world.device)
         for part in tokens.chunk(run.accum_steps):
-            loss = self._model.loss(
-                part,
-                step,
-                backend=run.backend,
-                method=self._method,
-                truncate_steps=run.truncate_steps,
-                checkpoint_blocks=run.checkpoint_blocks is not False,
-            ).loss
-            (loss / run.accum_steps).backward()
-            total += loss.detach() / run.accum_steps
+            total += self._learn(part, step)
         norm = clip_(self._model.parameters(), run.optimizer.clip)
         loss_value = distributed.mean(total.item(), world)
         self._check_finite(step, loss_value, norm.item())
@@ -170,6 +161,24 @@ class _Training:
             "inner_lr": inner_rate(run.model, step) if run.model.suffix_layers else 0.0,
             "tokens": run.global_batch_size * run.seq_length,
         }
+
+    def _learn(self, tokens: torch.Tensor, step: int) -> torch.Tensor:
+        """Adds a micro-batch's share of the gradient; returns its share of the loss.
+
+        On its own, so that nothing of a micro-batch is still there when the next one is read.
+        """
+        run = self._run
+        loss = self._model.loss(
+            tokens,
+            step,
+            backend=run.backend,
+            method=self._method,
+            truncate_steps=run.truncate_steps,
+            checkpoint_blocks=run.checkpoint_blocks is not False,
+        ).loss
+        share = loss / run.accum_steps
+        share.backward()
+        return share.detach()
 
     def _check_finite(self, step: int, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -204,11 +213,14 @@ class _Training:
         def nll(tokens: torch.Tensor) -> torch.Tensor:
             return self._model.loss(tokens, backend=run.backend).nll
 
+        self._optimizer.zero_grad(set_to_none=True)
+        # No more than a step takes, so that what had memory enough to train has enough here.
+        at_a_time = min(run.eval_batch_size // world.size, self._rows // run.accum_steps)
         result = evaluate(
             nll,
             run.model,
             self._held_out,
-            max(1, run.eval_batch_size // world.size),
+            max(1, at_a_time),
             world.device,
             rank=world.rank,
             world_size=world.size,

@@ -48,6 +48,7 @@ class Run:
     """Sequences of an outer step over all processes; a multiple of `accum_steps`."""
     accum_steps: int
     eval_batch_size: int
+    """Sequences that are evaluated at a time, at most; never more than are trained on at a time."""
     model_seed: int
     data_seed: int
     dataset: DatasetOptions

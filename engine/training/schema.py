@@ -89,6 +89,7 @@ class Training:
     """Sequences in an outer step, over all processes and accumulation steps."""
     accum_steps: int = 1
     eval_batch_size: int = 8
+    """Sequences that are evaluated at a time, at most; never more than are trained on at a time."""
     optimizer_outer: AdamW = field(default_factory=AdamW)
     optimizer_inner: SGD | None = field(default_factory=SGD)
     ilr_init: float = 1.0

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from statistics import fmean
 from typing import cast
 
 import torch
@@ -41,27 +42,33 @@ class Cost:
     update: float
 
 
-def try_out(run: Run, choice: Choice, length: int) -> Cost | None:
-    """The cost of `choice.rows` sequences of `length` tokens; None where there is not enough memory for them."""
+def try_out(run: Run, choice: Choice, length: int, passes: int = 1) -> Cost | None:
+    """The cost of `choice.rows` sequences of `length` tokens; None where there is not enough memory for them.
+
+    Of several passes it is the mean time, and the peak of all: in the memory that one has freed the next one does not
+    find room for everything.
+    """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(_step, run, choice, length, torch.get_num_threads()).result()
+            return pool.submit(_step, run, choice, length, passes, torch.get_num_threads()).result()
         except (BrokenProcessPool, MemoryError, torch.OutOfMemoryError):
             return None
 
 
-def _step(run: Run, choice: Choice, length: int, threads: int) -> Cost:
+def _step(run: Run, choice: Choice, length: int, passes: int, threads: int) -> Cost:
     torch.set_num_threads(threads)
     device = torch.device(run.device)
     model = TTTModel(run.model, dtype=DTYPES[run.param_dtype], device=device, seed=run.model_seed)
     optimizer = make_optimizer(model, run.optimizer)
     tokens = torch.randint(run.model.vocab_size, (choice.rows, length + 1), device=device)
     unit = run.model.mini_batch_size if run.model.suffix_layers else 1
+    accumulates = run.global_batch_size > choice.rows
 
     def once(part: torch.Tensor) -> tuple[float, float, float]:
         start = _now(device)
-        optimizer.zero_grad(set_to_none=True)
+        if not accumulates:
+            optimizer.zero_grad(set_to_none=True)
         loss = model.loss(
             part,
             0,
@@ -77,10 +84,10 @@ def _step(run: Run, choice: Choice, length: int, threads: int) -> Cost:
         optimizer.step()
         return back - start, read - start, _now(device) - back
 
-    # Loads kernels, and makes the optimizer's state.
+    # Loads kernels, and makes the optimizer's state; with accumulation also the gradients of the sequences before.
     once(tokens[:, : 2 * unit + 1] if length > 2 * unit else tokens)
-    times = once(tokens)
-    return Cost(_peak(device), *times)
+    times = [once(tokens) for _ in range(passes)]
+    return Cost(_peak(device), *(fmean(part) for part in zip(*times, strict=True)))
 
 
 def _now(device: torch.device) -> float:
