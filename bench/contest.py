@@ -1,4 +1,4 @@
-"""Contenders one after the other, each by a process of its own: checked first, then measured."""
+"""Contenders in turns, each by a process of its own: checked first, then measured."""
 
 from __future__ import annotations
 
@@ -45,11 +45,22 @@ def measure_all(
     work: Sequence[tuple[Contender, Job]], measure: Run[Job]
 ) -> list[tuple[Contender, dict[str, Any]]]:
     """The results of those that could be measured."""
-    results = []
-    for contender, job in work:
-        progress(f"{contender.label}: ")
-        try:
-            results.append((contender, measure(job)))
-        except RuntimeError as error:
-            progress(f"\n{contender.label}: not measured: {error}\n")
-    return results
+    return [(contender, results[0]) for contender, results in measure_in_turns(work, measure, 1)]
+
+
+def measure_in_turns(
+    work: Sequence[tuple[Contender, Job]], measure: Run[Job], rounds: int
+) -> list[tuple[Contender, list[dict[str, Any]]]]:
+    """The results of every round, of those that could be measured in all: a shared machine does not keep one speed."""
+    results: dict[int, list[dict[str, Any]]] = {index: [] for index in range(len(work))}
+    for _ in range(rounds):
+        for index, (contender, job) in enumerate(work):
+            if index not in results:
+                continue
+            progress(f"{contender.label}: ")
+            try:
+                results[index].append(measure(job))
+            except RuntimeError as error:
+                progress(f"\n{contender.label}: not measured: {error}\n")
+                del results[index]
+    return [(work[index][0], found) for index, found in results.items()]

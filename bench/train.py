@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from bench import options
-from bench.contest import all_agree, measure_all
+from bench.contest import all_agree, measure_in_turns
 from bench.flops import training_flops_per_token
 from bench.machine import describe, peak_rate
 from bench.output import write_json
@@ -127,12 +127,12 @@ def run(args: argparse.Namespace) -> int:
     tokens = options.read_tokens(args.text, tokenizer, args.batch, longest + 1)
 
     with tempfile.TemporaryDirectory() as folder:
-        work = [(c, job(c, tokens, args.repeat, device, folder)) for c in contenders]
+        work = [(c, job(c, tokens, device, folder)) for c in contenders]
         if not all_agree([(c, replace(j, task="check")) for c, j in to_be_checked(work)], in_child):
             return 1
         # Before and after: a machine that is shared does not keep one speed.
         peak = peak_rate(DTYPES[dtype], device)
-        results = measure_all(work, in_child)
+        results = measure_in_turns(work, in_child, args.repeat)
         peak = max(peak, peak_rate(DTYPES[dtype], device))
     common = {
         "preset": args.preset,
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
         "tokenizer": tokenizer_name,
         "machine": describe(device),
     }
-    runs = [common | row(contender, result, peak) for contender, result in results]
+    runs = [common | row(contender, rounds, args.batch, peak) for contender, rounds in results]
     if args.lengths is None:
         print_comparison(runs, own_was_measured=bool(results) and results[0][0] is contenders[0])
     else:
@@ -230,13 +230,13 @@ def chosen_lengths(given: str) -> list[int]:
     return lengths
 
 
-def job(contender: Contender, tokens: torch.Tensor, repeat: int, device: torch.device, folder: str) -> Job:
+def job(contender: Contender, tokens: torch.Tensor, device: torch.device, folder: str) -> Job:
     """The measurement of a contender; its tokens are written into `folder`."""
     path = str(Path(folder, f"{contender.context}.npy"))
     np.save(path, tokens[:, : contender.context + 1].numpy())
     return Job(
         "measure", contender.config.to_dict(), contender.backend, contender.method, contender.snapshot_every,
-        contender.checkpoint_blocks, str(device), path, repeat,
+        contender.checkpoint_blocks, str(device), path,
     )  # fmt: skip
 
 
@@ -252,10 +252,12 @@ def to_be_checked(work: list[tuple[Contender, Job]]) -> list[tuple[Contender, Jo
     ]
 
 
-def row(contender: Contender, result: dict[str, Any], peak: float) -> dict[str, Any]:
-    """One object of the JSON, beside what all of them have in common."""
+def row(contender: Contender, rounds: list[dict[str, Any]], batch: int, peak: float) -> dict[str, Any]:
+    """One object of the JSON, beside what all of them have in common: the best time, the most memory."""
     flops_per_token = training_flops_per_token(contender.config, contender.context)
-    flops_per_s = result["tokens_per_s"] * flops_per_token
+    seconds = [found["seconds"] for found in rounds]
+    tokens_per_s = batch * contender.context / min(seconds)
+    flops_per_s = tokens_per_s * flops_per_token
     return {
         "model": contender.model,
         "method": contender.chosen_method,
@@ -264,7 +266,12 @@ def row(contender: Contender, result: dict[str, Any], peak: float) -> dict[str, 
         "checkpoint_blocks": contender.checkpoint_blocks,
         "context": contender.context,
         "window": contender.config.window,
-        **result,
+        "tokens_per_s": tokens_per_s,
+        "seconds": seconds,
+        **{
+            name: max(found[name] for found in rounds) for name in ("extra_memory_bytes", "peak_memory_bytes")
+        },
+        "loss": rounds[-1]["loss"],
         "flops_per_token": flops_per_token,
         "flops_per_s": flops_per_s,
         "peak_flops_per_s": peak,

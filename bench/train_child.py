@@ -45,14 +45,13 @@ class Job:
     device: str
     tokens: str
     """A .npy file of int64 tokens, (B, context + 1)."""
-    repeat: int = 1
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Seconds of `repeat` steps, the memory of one, and the loss.
+    """Seconds of a step, its memory, and the loss.
 
     The first step is for memory, which it gets from the system and gives back as any program does. Time is that of
-    later steps, in memory that is kept from one to the next: training is a long run of equal steps, and finding
+    another one, in memory that is kept from one to the next: training is a long run of equal steps, and finding
     large results' memory again in each would be the allocator's time, not the model's. The same for all models.
     """
     device = torch.device(job.device)
@@ -68,17 +67,12 @@ def measure(job: Job) -> dict[str, Any]:
     _step(model, tokens, job)
     extra = memory.peak_bytes()
     progress(".")
-    times = []
     with freed_memory_kept():
-        for _ in range(job.repeat):
-            loss, taken = timed(lambda: _step(model, tokens, job), device)
-            times.append(taken)
-            progress(f" {taken:.2f} s")
-    progress("\n")
+        loss, taken = timed(lambda: _step(model, tokens, job), device)
+    progress(f" {taken:.2f} s\n")
     value = float(loss)
     return {
-        "tokens_per_s": len(tokens) * (tokens.shape[1] - 1) / min(times),
-        "seconds": times,
+        "seconds": taken,
         "extra_memory_bytes": extra,
         "peak_memory_bytes": memory.process_bytes(),
         "loss": value if math.isfinite(value) else None,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import machine, train, train_child
+from bench.contest import measure_in_turns
 from bench.flops import prefill_flops_per_token, training_flops_per_token, visible_pairs
 from bench.memory import PeakMemory
 from engine import TTTConfig
@@ -223,6 +225,25 @@ def test_a_check_that_fails_is_no_permission(
     assert train.main([*SHORT, "--compare", "none", "--json", str(tmp_path / "runs.json")]) == 1
     assert "SIGKILL" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_contenders_take_turns() -> None:
+    """Round by round, until one fails."""
+    work = [(SimpleNamespace(label=name), name) for name in "abc"]
+    turns: list[str] = []
+
+    def measure(job: str) -> dict[str, Any]:
+        turns.append(job)
+        if turns == ["a", "b", "c", "a", "b"]:
+            raise RuntimeError("no more")
+        return {"turn": len(turns)}
+
+    found = measure_in_turns(work, measure, 3)
+    assert turns == ["a", "b", "c", "a", "b", "c", "a", "c"]
+    assert [(c.label, [r["turn"] for r in results]) for c, results in found] == [
+        ("a", [1, 4, 7]),
+        ("c", [3, 6, 8]),
+    ]
 
 
 def test_a_smaller_vocabulary() -> None:
