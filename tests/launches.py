@@ -66,8 +66,10 @@ def swiglu(dtype: torch.dtype, sequences: int | None, rows: int, d: int, columns
     passes._separate(x, *inputs[1:3], torch.float16)
     saved = torch.zeros(*own, rows, columns, dtype=dtype)
     of_swiglu.backward(x, *inputs, saved, saved, needs[:4])
+    of_swiglu.backward(None, *inputs, saved, saved, needs[:4], saved, saved)
     seconds = [t if need else None for t, need in zip(inputs, needs, strict=False)]
     of_swiglu.double_backward(*seconds, x, *inputs, saved, saved, needs)
+    of_swiglu.double_backward(*seconds, x, *inputs, saved, saved, (*needs, True, True))
 
 
 def linear_ce(factor: torch.dtype, rows: int, cols: int, first_class: int) -> None:

@@ -94,6 +94,13 @@ class Example:
         differentiable = [self.inputs[names.index(name)] for name in self.operator.differentiable]
         return [None if v is None else _like(v, 70 + 5 * i) for i, v in enumerate(differentiable)]
 
+    def carried(self) -> list[Tensor]:
+        """Cotangents of the saved values that have their own."""
+        results = self.operator.kernels["reference"]["forward"](*self.inputs, *self.params)
+        saved = results[len(self.operator.outputs) :]
+        names = list(self.operator.saved)
+        return [_like(saved[names.index(name)], 90 + i) for i, name in enumerate(self.operator.carries)]
+
     def wanted(self, order: str) -> list[bool]:
         """`needs` for all results that there are."""
         names = list(self.operator.inputs)

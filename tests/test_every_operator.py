@@ -19,6 +19,8 @@ OWN_PRODUCTS = tuple(n for n in EXAMPLES if not n.startswith(("swiglu", "linear_
 """Whose products are not the BLAS's."""
 # A copy of 16 bits has no finite differences.
 SMOOTH = tuple(name for name in BASES if name != "clipped_sgd unclipped")
+CARRIERS = tuple(name for name, example in EXAMPLES.items() if example.operator.carries)
+"""With saved values that have cotangents of their own."""
 TWINS = tuple(name for name in EXAMPLES if name.endswith("_jvp"))
 
 
@@ -114,6 +116,8 @@ def test_opcheck(name: str, backend: str, order: str) -> None:
     arguments = example.arguments(order)
     if order != "forward":
         arguments.append(example.wanted(order))
+    if order == "backward":
+        arguments += [None] * len(example.operator.carries)
     suffix = "" if order == "forward" else f"_{order}"
     if order != served(example, backend)[-1]:
         arguments = [_differentiable(v) for v in arguments]
@@ -134,9 +138,22 @@ def test_opcheck_of_unwanted_gradients(name: str, backend: str) -> None:
     example = EXAMPLES[name].cast(kernel_dtype(backend))
     wanted = example.wanted("backward")
     operator = getattr(torch.ops.ttt_kernels, f"{example.operator.name}_backward").default
+    carried = [None] * len(example.operator.carries)
     for i in [i for i, want in enumerate(wanted) if want]:
         arguments = [_differentiable(v) for v in example.arguments("backward")]
-        opcheck(operator, (*arguments, [i == j for j in range(len(wanted))], backend))
+        opcheck(operator, (*arguments, [i == j for j in range(len(wanted))], *carried, backend))
+
+
+@pytest.mark.parametrize(("name", "backend"), pairs(CARRIERS, COMPILED, slow=()))
+def test_opcheck_of_carried_cotangents(name: str, backend: str) -> None:
+    example = EXAMPLES[name].cast(kernel_dtype(backend))
+    operators, given = torch.ops.ttt_kernels, example.operator
+    carried, wanted = example.carried(), example.wanted("backward")
+    backward = getattr(operators, f"{given.name}_backward").default
+    opcheck(backward, (*example.arguments("backward"), wanted, *carried, backend))
+    double_backward = getattr(operators, f"{given.name}_double_backward").default
+    needs = [*example.wanted("double_backward"), *[True] * len(carried)]
+    opcheck(double_backward, (*example.arguments("double_backward"), needs, backend))
 
 
 @pytest.mark.parametrize("name", tuple(EXAMPLES))
@@ -173,6 +190,64 @@ def test_a_missing_cotangent_is_zero(name: str, backend: str) -> None:
         expected = flat(run(example, "reference", "double_backward", replace=zeros))
         for o, e in zip(own, expected, strict=True):
             torch.testing.assert_close(o, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "backend"), pairs(CARRIERS, EVERY_BACKEND))
+def test_carried_cotangents_lead_to_what_is_left_out(name: str, backend: str) -> None:
+    example = EXAMPLES[name].cast(kernel_dtype(backend))
+    count, outputs = len(example.operator.carries), len(example.operator.outputs)
+    wanted = example.wanted("double_backward")
+    whole = run(example, backend, "double_backward")
+    assert whole[len(wanted) :] == [None] * count
+    *part, gate, up = run(example, backend, "double_backward", [*wanted, *[True] * count])
+    kernel = example.operator.kernels[backend]["backward"]
+    first, needs = example.arguments("backward"), example.wanted("backward")
+    rest = kernel(*[None] * outputs, *first[outputs:], needs, gate, up)
+    for o, e in zip(part[:outputs], whole[:outputs], strict=True):
+        assert torch.equal(o, e)
+    for own, other, e in zip(part[outputs:], rest, whole[outputs : len(wanted)], strict=True):
+        torch.testing.assert_close(own + other, e, rtol=1e-4, atol=1e-5)
+    # With a cotangent of the output both together.
+    for both, own, other in zip(
+        kernel(*first, needs, gate, up), run(example, backend, "backward"), rest, strict=True
+    ):
+        torch.testing.assert_close(both, own + other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "backend"), pairs(CARRIERS, KERNELS))
+def test_only_what_is_needed_beside_carried_cotangents(name: str, backend: str) -> None:
+    example = EXAMPLES[name].cast(kernel_dtype(backend))
+    count = len(example.wanted("double_backward"))
+    carried = [True] * len(example.operator.carries)
+    everything = run(example, backend, "double_backward", [True] * count + carried)
+    nothing = [False] * count
+    for i in range(count):
+        one = run(example, backend, "double_backward", [i == j for j in range(count)] + carried)
+        assert all((o is None) == (j != i and j < count) for j, o in enumerate(one))
+        assert all(torch.equal(o, e) for o, e in zip(one, everything, strict=True) if o is not None)
+    alone = run(example, backend, "double_backward", [*nothing, True, False])
+    assert torch.equal(alone[count], everything[count])
+    assert all(o is None for j, o in enumerate(alone) if j != count)
+    alone = run(example, backend, "double_backward", [*nothing, False, True])
+    assert torch.equal(alone[count + 1], everything[count + 1])
+    # What one of them leaves out, the other does not.
+    first = run(example, backend, "double_backward", [*([True] * count), True, False])
+    kernel = example.operator.kernels[backend]["backward"]
+    arguments, needs = example.arguments("backward"), example.wanted("backward")
+    rest = kernel(None, *arguments[1:], needs, first[count], None)
+    whole = run(example, backend, "double_backward")
+    for own, other, e in zip(first[1:count], rest, whole[1:count], strict=True):
+        torch.testing.assert_close(own + other, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "backend"), pairs(CARRIERS, KERNELS, slow=()))
+def test_nothing_is_given_to_the_inputs(name: str, backend: str) -> None:
+    """Neither cotangents nor what else would lead there: zeros, not None."""
+    example = EXAMPLES[name].cast(kernel_dtype(backend))
+    count = len(example.wanted("double_backward"))
+    given = dict.fromkeys(range(len(example.cotangents())))
+    found = run(example, backend, "double_backward", [True] * (count + 2), replace=given)
+    assert all(not t.any() for t in found[1:4])
 
 
 def _zeros(value: Any) -> Any:

@@ -26,7 +26,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, tuple[bool, ...
 
     def logged(name: str, order: str, kernel: Callable) -> Callable:
         def run(*arguments: object) -> object:
-            log.append((name, order, () if order == "forward" else tuple(arguments[-1])))
+            wanted = (a for a in reversed(arguments) if isinstance(a, list | tuple))
+            needs = () if order == "forward" else next(wanted)
+            log.append((name, order, tuple(needs)))
             return kernel(*arguments)
 
         return run

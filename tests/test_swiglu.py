@@ -1,6 +1,7 @@
 """SwiGLU: every order, dtype, layout and instruction set against the formulas in float64."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from harness import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from ttt_kernels import swiglu, swiglu_jvp
 
@@ -118,6 +120,38 @@ def test_extreme_gates_stay_finite() -> None:
         exact = torch.nn.functional.silu(gate.double()) * gate.double()
         assert all(torch.isfinite(g).all() for g in grads)
         torch.testing.assert_close(y.diag().double(), exact, rtol=1e-6, atol=1e-30)
+
+
+def products(call: Callable[[], Any]) -> int:
+    """How many products of matrices a call makes."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        call()
+    names = ("aten::mm", "aten::bmm", "aten::addmm_", "aten::baddbmm_")
+    return sum(event.name in names for event in found.events())
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_reverse_over_reverse_makes_no_product_twice(batched: bool) -> None:
+    """Of a loss of the result and of its gradients, as a meta-gradient is.
+
+    Forward 3 and backward 6; then d_hidden again, 4 for the tangents of gate and up, 1 for hidden's cotangent, 2 for
+    y's, and for the inputs 5 by the gradients and 6 by the result.
+    """
+    leaves = [t.requires_grad_() for t in arguments((2, 3), 4, 6, batched=batched)]
+    seconds = arguments((2, 3), 4, 6, batched=batched, seed=9)
+    results: list[Tensor] = []
+
+    def first() -> None:
+        y = swiglu(*leaves, backend="cpu")
+        cotangent = torch.ones_like(y).requires_grad_()
+        results[:] = y, *torch.autograd.grad(y, leaves, cotangent, create_graph=True)
+
+    def second() -> None:
+        loss = results[0].sum() + sum((g * s).sum() for g, s in zip(results[1:], seconds, strict=True))
+        torch.autograd.grad(loss, leaves)
+
+    assert products(first) == 3 + 6
+    assert products(second) == 1 + 4 + 1 + 2 + 5 + 6
 
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)

@@ -48,12 +48,18 @@ class Operator:
     differentiable inputs) whether it is wanted; an unwanted one is None. Kept outputs and saved values are
     functions of the inputs: derivatives are total.
 
+    An operator may carry saved values. Their cotangents are further results of `double_backward`, whose `needs` may
+    go on with a flag for each; what goes through one that is wanted is left out of the inputs' cotangents. Autograd
+    brings them to where the values were computed, and `backward` takes them at its end, None being zero; then a
+    cotangent of an output may be None too. So the products by which both reach the inputs are made once.
+
     Attributes:
         name: the operator's word, as its folder is called.
         inputs, params, outputs, saved: name -> schema type ("Tensor", "Tensor?", "Tensor[]", "float", ...).
         differentiable: the inputs that have gradients.
         fake: shapes of `forward` without computing it: `fake(*inputs, *params) -> (*outputs, *saved)`.
         keeps: the outputs that `backward` and `double_backward` are given too.
+        carries: the saved values that have cotangents of their own.
         fake_backward: what the gradients look like, where they are not like the differentiable inputs:
             `fake_backward(*inputs, *params) -> gradients`.
         kernels: backend -> order -> function; each backend serves the same orders as "reference", and where
@@ -71,6 +77,7 @@ class Operator:
     kernels: dict[str, dict[str, Kernel]]
     refusals: dict[str, Refusal] = field(default_factory=dict)
     keeps: tuple[str, ...] = ()
+    carries: tuple[str, ...] = ()
     fake_backward: Kernel | None = None
 
     def __post_init__(self) -> None:
@@ -80,6 +87,7 @@ class Operator:
         assert set(self.differentiable) <= set(self.inputs)
         self._diff_index = [list(self.inputs).index(n) for n in self.differentiable]
         self._kept_index = [list(self.outputs).index(n) for n in self.keeps]
+        self._carried_index = [list(self.saved).index(n) for n in self.carries]
         self._forward = self._define_forward()
         self._backward = self._define_backward()
         self._link_forward()
@@ -102,7 +110,8 @@ class Operator:
 
     def backward(self, *arguments: Any, needs: Sequence[bool], backend: str) -> tuple[Any, ...]:
         """Runs `backward(*d_outputs, *inputs, *kept, *saved, *params)`, itself differentiable."""
-        return self._call("backward", self._backward, (*arguments, list(needs)), backend)
+        nothing = [None] * len(self.carries)
+        return self._call("backward", self._backward, (*arguments, list(needs), *nothing), backend)
 
     def _call(
         self, order: str, registered: Kernel, arguments: tuple[Any, ...], backend: str
@@ -128,7 +137,15 @@ class Operator:
         results = results if isinstance(results, tuple) else (results,)
         if order == "forward":
             return results
-        return tuple(r if need else None for r, need in zip(results, arguments[-1], strict=True))
+        needs = self._needs(order, arguments)
+        return tuple(r if need else None for r, need in zip(results, needs, strict=True))
+
+    def _needs(self, order: str, arguments: Sequence[Any]) -> list[bool]:
+        """Of the arguments of an order's kernel, which of its results are wanted."""
+        if order == "backward":
+            return list(arguments[len(arguments) - 1 - len(self.carries)])
+        count = len(self.outputs) + len(self.differentiable) + len(self.carries)
+        return [*arguments[-1], *[False] * (count - len(arguments[-1]))]
 
     def _schema(self, arguments: dict[str, str], results: Sequence[str]) -> str:
         taken = ", ".join(f"{kind} {name}" for name, kind in arguments.items())
@@ -143,7 +160,7 @@ class Operator:
         def run(*values: Any) -> Any:
             *given, backend = values
             out = self.kernels[backend][order](*given)
-            flags = given[-1] if has_needs else [True] * len(results)
+            flags = self._needs(order, given) if has_needs else [True] * len(results)
             plain = [
                 _plain(kind, v) if need and v is not None else _unwanted(kind, given)
                 for kind, v, need in zip(results, out, flags, strict=True)
@@ -195,31 +212,39 @@ class Operator:
         results = [self._gradient_type(self.inputs[n]) for n in self.differentiable]
 
         def fake(*values: Any) -> Any:
-            needs, start = values[-2], len(self.outputs)
+            needs, start = self._needs("backward", values[:-1]), len(self.outputs)
             inputs = values[start : start + len(self.inputs)]
             likes = [inputs[i] for i in self._diff_index]
             if self.fake_backward is not None:
-                likes = self.fake_backward(*inputs, *values[len(values) - 2 - len(self.params) : -2])
+                end = len(values) - 2 - len(self.carries)
+                likes = self.fake_backward(*inputs, *values[end - len(self.params) : end])
             out = [
                 self._fake_like(like) if need else _unwanted(kind, values)
                 for kind, like, need in zip(results, likes, needs, strict=True)
             ]
             return out[0] if len(results) == 1 else tuple(out)
 
-        return self._register("backward", self._backward_arguments(), results, fake)
+        carried = {f"d_{name}": "Tensor?" for name in self.carries}
+        return self._register("backward", self._backward_arguments() | carried, results, fake)
 
     def _define_double_backward(self) -> torch.library.CustomOpDef:
         results = [
             *self.outputs.values(),
             *(self._gradient_type(self.inputs[n]) for n in self.differentiable),
+            *(self.saved[n] for n in self.carries),
         ]
         cotangents = {f"g_{n}": self._optional(self.inputs[n]) for n in self.differentiable}
 
         def fake(*values: Any) -> Any:
-            needs, start = values[-2], len(self.differentiable)
+            needs, start = self._needs("double_backward", values[:-1]), len(self.differentiable)
             d_outputs = values[start : start + len(self.outputs)]
             inputs = values[start + len(self.outputs) :]
-            likes = [*d_outputs, *(inputs[i] for i in self._diff_index)]
+            saved = inputs[len(self.inputs) + len(self.keeps) :]
+            of_inputs, carried = (
+                (inputs[i] for i in self._diff_index),
+                (saved[i] for i in self._carried_index),
+            )
+            likes = [*d_outputs, *of_inputs, *carried]
             out = [
                 self._fake_like(like) if need else _unwanted(kind, values)
                 for kind, like, need in zip(results, likes, needs, strict=True)
@@ -229,7 +254,9 @@ class Operator:
         return self._register("double_backward", {**cotangents, **self._backward_arguments()}, results, fake)
 
     def _backward_arguments(self) -> dict[str, str]:
-        d_outputs = {f"d_{n}": kind for n, kind in self.outputs.items()}
+        d_outputs = {
+            f"d_{n}": self._optional(kind) if self.carries else kind for n, kind in self.outputs.items()
+        }
         kept = {n: self.outputs[n] for n in self.keeps}
         return {**d_outputs, **self.inputs, **kept, **self.saved, **self.params, "needs": "bool[]"}
 
@@ -259,12 +286,14 @@ class Operator:
 
         def formula(ctx: Any, *d_all: Any) -> tuple[Any, ...]:
             values = _restore(ctx)
-            if not _any_given(d_all[:n_out]):
+            d_outputs, carried = d_all[:n_out], [d_all[n_out + i] for i in self._carried_index]
+            if not _any_given([*d_outputs, *carried]):
                 # Autograd comes by here on its way from `backward`, which was given kept outputs.
                 return tuple(_nones(values[:n_in]) + [None] * (n_par + 1))
-            d_outputs = [_filled(d, like) for d, like in zip(d_all[:n_out], ctx.like, strict=True)]
+            if not _any_given(carried):
+                d_outputs = tuple(_filled(d, like) for d, like in zip(d_outputs, ctx.like, strict=True))
             needs = [_any(ctx.needs_input_grad[i]) for i in self._diff_index]
-            arguments = (*d_outputs, *values, *ctx.params, needs)
+            arguments = (*d_outputs, *values, *ctx.params, needs, *carried)
             grads = self._record("backward", self._backward, arguments, ctx.backend)
             result = _nones(values[:n_in]) + [None] * (n_par + 1)
             for i, grad in zip(self._diff_index, grads, strict=True):
@@ -276,27 +305,40 @@ class Operator:
 
     def _link_backward(self) -> None:
         n_out, n_par = len(self.outputs), len(self.params)
-        n_values = n_out + len(self.inputs) + len(self.keeps) + len(self.saved)
+        n_known = n_out + len(self.inputs) + len(self.keeps)
+        n_values = n_known + len(self.saved)
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.set_materialize_grads(False)
             _save(ctx, inputs[:n_values])
-            ctx.params, ctx.wanted, ctx.backend = inputs[n_values:-2], inputs[-2], inputs[-1]
+            ctx.params, rest = inputs[n_values : n_values + n_par], inputs[n_values + n_par :]
+            ctx.wanted, *carried, ctx.backend = rest
+            ctx.carried = _any_given(carried)
 
         def formula(ctx: Any, *g_inputs: Any) -> tuple[Any, ...]:
+            if ctx.carried:
+                raise NotImplementedError(
+                    f"ttt_kernels::{self.name}_double_backward gave what is to be differentiated here, and no "
+                    "autograd formula is registered for it"
+                )
             values = _restore(ctx)
             # A result that nobody wanted is an empty tensor, and so is its cotangent.
             given = [g if want else None for g, want in zip(g_inputs, ctx.wanted, strict=True)]
+            rest = [None] * (n_par + 2 + len(self.carries))
             if not _any_given(given):
-                return tuple(_nones(values) + [None] * (n_par + 2))
+                return tuple(_nones(values) + rest)
             cotangents = [
                 _list_filled(g, values[n_out + i]) for g, i in zip(given, self._diff_index, strict=True)
             ]
-            positions = [*range(n_out), *(n_out + i for i in self._diff_index)]
+            positions = [
+                *range(n_out),
+                *(n_out + i for i in self._diff_index),
+                *(n_known + i for i in self._carried_index),
+            ]
             needs = [_any(ctx.needs_input_grad[p]) for p in positions]
             arguments = (*cotangents, *values, *ctx.params, needs)
             out = self._record("double_backward", self._double_backward, arguments, ctx.backend)
-            result = _nones(values) + [None] * (n_par + 2)
+            result = _nones(values) + rest
             for position, cotangent in zip(positions, out, strict=True):
                 if cotangent is not None:
                     result[position] = cotangent

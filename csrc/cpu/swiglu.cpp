@@ -40,13 +40,14 @@ struct Swiglu {
         });
     }
 
-    static void backward(const T* gate, const T* up, const P* d_hidden, P* d_gate, P* d_up, P* hidden,
-                         int64_t count) {
+    static void backward(const T* gate, const T* up, const P* d_hidden, const T* gate_bar, const T* up_bar,
+                         P* d_gate, P* d_up, P* hidden, int64_t count) {
         over_elements<C>(count, [=](int64_t i, int64_t n) {
             const vec<C> g = read(gate + i, n), u = read(up + i, n), dh = read_or_zero(d_hidden, i, n);
             const vec<C> s = sigmoid<C>(g), silu = g * s;
-            write_wanted(d_gate, i, dh * u * (s + silu * (splat(C(1)) - s)), n);
-            write_wanted(d_up, i, dh * silu, n);
+            const vec<C> to_g = read_or_zero(gate_bar, i, n), to_u = read_or_zero(up_bar, i, n);
+            write_wanted(d_gate, i, dh * u * (s + silu * (splat(C(1)) - s)) + to_g, n);
+            write_wanted(d_up, i, dh * silu + to_u, n);
             write_wanted(hidden, i, silu * u, n);
         });
     }
@@ -96,12 +97,14 @@ void swiglu_forward(Dtype dtype, Dtype product, const void* gate, const void* up
 }
 
 void swiglu_backward(Dtype dtype, Dtype product, const void* gate, const void* up, const void* d_hidden,
-                     void* d_gate, void* d_up, void* hidden, int64_t count) {
+                     const void* gate_bar, const void* up_bar, void* d_gate, void* d_up, void* hidden,
+                     int64_t count) {
     choose(dtype, product, [&](auto kernels, auto element, auto in_product) {
         using T = decltype(element);
         using P = decltype(in_product);
         kernels.backward(static_cast<const T*>(gate), static_cast<const T*>(up),
-                         static_cast<const P*>(d_hidden), static_cast<P*>(d_gate), static_cast<P*>(d_up),
+                         static_cast<const P*>(d_hidden), static_cast<const T*>(gate_bar),
+                         static_cast<const T*>(up_bar), static_cast<P*>(d_gate), static_cast<P*>(d_up),
                          static_cast<P*>(hidden), count);
     });
 }

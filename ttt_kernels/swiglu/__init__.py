@@ -22,6 +22,7 @@ operator = Operator(
     outputs={"y": "Tensor"},
     saved={"gate": "Tensor", "up": "Tensor"},
     differentiable=("x", "w_gate", "w_up", "w_down"),
+    carries=("gate", "up"),
     fake=_fake,
     kernels={
         "reference": {

@@ -31,11 +31,17 @@ class _Passes:
         return hidden, kept_gate, kept_up
 
     def backward(
-        self, gate: Tensor, up: Tensor, d_hidden: _Optional, like: Tensor, wanted: Sequence[bool]
+        self,
+        gate: Tensor,
+        up: Tensor,
+        d_hidden: _Optional,
+        carried: Sequence[_Optional],
+        like: Tensor,
+        wanted: Sequence[bool],
     ) -> tuple[_Optional, ...]:
         results = products.results(gate, like, wanted)
         kernels().swiglu_backward(
-            dtype_code(gate.dtype), dtype_code(like.dtype), *addresses(gate, up, d_hidden, *results),
+            dtype_code(gate.dtype), dtype_code(like.dtype), *addresses(gate, up, d_hidden, *carried, *results),
             gate.numel(),
         )  # fmt: skip
         return tuple(results)

@@ -22,7 +22,7 @@ class Factors(NamedTuple):
     Matrices (N, .), or batches of them (B, T, .) with weights for each sequence; None where nobody wants it.
     """
 
-    dy: Tensor
+    dy: Tensor | None
     x: Tensor
     d_gate: Tensor | None
     d_up: Tensor | None
@@ -55,7 +55,7 @@ def forward(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Te
 
 
 def backward(
-    dy: Tensor,
+    dy: Tensor | None,
     x: Tensor,
     w_gate: Tensor,
     w_up: Tensor,
@@ -63,9 +63,16 @@ def backward(
     gate: Tensor,
     up: Tensor,
     needs: Sequence[bool],
+    to_gate: Tensor | None = None,
+    to_up: Tensor | None = None,
 ) -> Gradients:
-    """dH = dy Wd, dG = dH U S', dU = dH S; dx = dG Wg + dU Wu, dWg = dG^T x, dWu = dU^T x, dWd = dy^T H."""
-    dx, factors = factored_backward(dy, x, w_gate, w_up, w_down, gate, up, needs)
+    """dH = dy Wd, dG = dH U S', dU = dH S; dx = dG Wg + dU Wu, dWg = dG^T x, dWu = dU^T x, dWd = dy^T H.
+
+    Cotangents that G and U have themselves are added to dG and dU.
+    """
+    dy = x.new_zeros(x.shape) if dy is None else dy
+    carried = (to_gate, to_up)
+    dx, factors = factored_backward(dy, x, w_gate, w_up, w_down, gate, up, needs, carried)
     return dx, *weight_gradients(factors, w_gate, w_up, w_down, needs[1:])
 
 
@@ -78,12 +85,19 @@ def factored_backward(
     gate: Tensor,
     up: Tensor,
     needs: Sequence[bool],
+    carried: Sequence[Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, Factors]:
-    """dx, and the weights' gradients as factors for `weight_gradients`; kernels leave out what is not wanted."""
+    """dx, and the weights' gradients as factors for `weight_gradients`; kernels leave out what is not wanted.
+
+    `carried` are cotangents of G and U.
+    """
     dy_, x_, gate_, up_ = matrices(w_gate, dy, x, gate, up)
     silu, slope, _ = silu_derivatives(wide(gate_))
     d_hidden = mm(dy_, w_down, torch.promote_types(x.dtype, torch.float32))
-    d_gate, d_up = (d_hidden * wide(up_) * slope).to(x.dtype), (d_hidden * silu).to(x.dtype)
+    d_gate, d_up = (
+        total(d, None if extra is None else wide(extra.reshape(d.shape))).to(x.dtype)
+        for d, extra in zip((d_hidden * wide(up_) * slope, d_hidden * silu), carried, strict=True)
+    )
     hidden = (silu * wide(up_)).to(x.dtype)
     dx = (mm(d_gate, w_gate) + mm(d_up, w_up)).reshape(x.shape) if needs[0] else None
     return dx, Factors(dy_, x_, d_gate, d_up, hidden)
@@ -125,8 +139,10 @@ def double_backward(
     gate: Tensor,
     up: Tensor,
     needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """Cotangents of dy, x, Wg, Wu and Wd, given those of dx, dWg, dWu and dWd (a, b, c, e).
+
+    `needs` may go on with whether those of G and U are wanted, which the other ones then leave out.
 
     <dx, a> + <dWg, b> + <dWu, c> + <dWd, e> is <dy, y^> with y^ the tangent of y along (a, b, c, e):
     G^ = a Wg^T + x b^T, U^ = a Wu^T + x c^T, H^ = S' U G^ + S U^, y^ = H^ Wd^T + H e^T. So y^ is the
@@ -151,19 +167,26 @@ def double_backward(
     up_bar = (d_hidden * slope * t_gate + h_bar * silu).to(x.dtype)
     d_gate, d_up = (d_hidden * u * slope).to(x.dtype), (d_hidden * silu).to(x.dtype)
 
+    carries_gate, carries_up = (*needs[5:], False, False)[:2]
+    through_gate, through_up = None if carries_gate else gate_bar, None if carries_up else up_bar
     d_dy = d_x = d_w_gate = d_w_up = None
     if needs[0]:
         d_dy = total(mm(t_hidden, w_down.mT), product((silu * u).to(x.dtype), transposed(g_w_down)))
     if needs[1]:
-        d_x = total(mm(gate_bar, w_gate), mm(up_bar, w_up), product(d_gate, g_w_gate), product(d_up, g_w_up))
+        terms = ((through_gate, w_gate), (through_up, w_up), (d_gate, g_w_gate), (d_up, g_w_up))
+        d_x = total(torch.zeros_like(x_), *(product(*factors) for factors in terms))
     if needs[2]:
-        d_w_gate = total(mm(gate_bar.mT, x_, w_gate.dtype), product(d_gate.mT, a, w_gate.dtype))
+        of_gate = ((transposed(through_gate), x_), (transposed(d_gate), a))
+        d_w_gate = total(torch.zeros_like(w_gate), *(product(*f, w_gate.dtype) for f in of_gate))
     if needs[3]:
-        d_w_up = total(mm(up_bar.mT, x_, w_up.dtype), product(d_up.mT, a, w_up.dtype))
+        of_up = ((transposed(through_up), x_), (transposed(d_up), a))
+        d_w_up = total(torch.zeros_like(w_up), *(product(*f, w_up.dtype) for f in of_up))
     return (
         d_dy.reshape(dy.shape) if d_dy is not None else None,
         d_x.reshape(x.shape) if d_x is not None else None,
         d_w_gate,
         d_w_up,
         mm(dy_.mT, t_hidden, w_down.dtype) if needs[4] else None,
+        gate_bar.reshape(gate.shape) if carries_gate else None,
+        up_bar.reshape(up.shape) if carries_up else None,
     )

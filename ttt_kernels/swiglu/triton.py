@@ -105,13 +105,19 @@ class _Passes:
         return hidden, gate, up
 
     def backward(
-        self, gate: Tensor, up: Tensor, d_hidden: _Optional, like: Tensor, wanted: Sequence[bool]
+        self,
+        gate: Tensor,
+        up: Tensor,
+        d_hidden: _Optional,
+        carried: Sequence[_Optional],
+        like: Tensor,
+        wanted: Sequence[bool],
     ) -> tuple[_Optional, ...]:
         from ttt_kernels.swiglu import triton_kernels
 
         results = products.results(gate, like, wanted)
         if any(wanted):
-            _run("backward", triton_kernels.backward, gate, gate, up, d_hidden, *results)
+            _run("backward", triton_kernels.backward, gate, gate, up, d_hidden, *carried, *results)
         return tuple(results)
 
     def double_backward(

@@ -9,7 +9,7 @@ from ttt_kernels.swiglu.triton_configs import SEPARATE, of_pass, of_products
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _PASSES = {
     "forward": (triton_kernels.forward, ("p_kept_gate", "p_kept_up")),
-    "backward": (triton_kernels.backward, ("p_dh", "p_dg", "p_du", "p_hidden")),
+    "backward": (triton_kernels.backward, ("p_dh", "p_gbar", "p_ubar", "p_dg", "p_du", "p_hidden")),
     "double_backward": (
         triton_kernels.double_backward,
         ("p_hbar", "p_tg", "p_tu", "p_th", "p_gbar", "p_ubar", "p_dg", "p_du", "p_hidden"),

@@ -58,26 +58,29 @@ def forward(p_gate, p_up, p_hidden, p_kept_gate, p_kept_up, count, BLOCK: tl.con
 
 @triton.jit
 def _backward(
-    p_gate, p_up, p_dh, p_dg, p_du, p_hidden, start, count, BLOCK: tl.constexpr, EDGE: tl.constexpr
-):
+    p_gate, p_up, p_dh, p_gbar, p_ubar, p_dg, p_du, p_hidden, start, count, BLOCK: tl.constexpr,
+    EDGE: tl.constexpr,
+):  # fmt: skip
     b_g = _load(p_gate, start, count, BLOCK, EDGE)
     b_u = _load(p_up, start, count, BLOCK, EDGE)
     b_dh = _load(p_dh, start, count, BLOCK, EDGE)
     b_s = tl.sigmoid(b_g)
     b_silu = b_g * b_s
-    _store(p_dg, b_dh * b_u * (b_s + b_silu * (1 - b_s)), start, count, BLOCK, EDGE)
-    _store(p_du, b_dh * b_silu, start, count, BLOCK, EDGE)
+    b_gbar = _load(p_gbar, start, count, BLOCK, EDGE)
+    b_ubar = _load(p_ubar, start, count, BLOCK, EDGE)
+    _store(p_dg, b_dh * b_u * (b_s + b_silu * (1 - b_s)) + b_gbar, start, count, BLOCK, EDGE)
+    _store(p_du, b_dh * b_silu + b_ubar, start, count, BLOCK, EDGE)
     _store(p_hidden, b_silu * b_u, start, count, BLOCK, EDGE)
 
 
 @triton.jit(do_not_specialize=["count"])
-def backward(p_gate, p_up, p_dh, p_dg, p_du, p_hidden, count, BLOCK: tl.constexpr):
-    """dG, dU and H, unless they are None; dH may be None."""
+def backward(p_gate, p_up, p_dh, p_gbar, p_ubar, p_dg, p_du, p_hidden, count, BLOCK: tl.constexpr):
+    """dG, dU and H, unless they are None; dH may be None, and so may what is added to dG and dU."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     if start + BLOCK <= count:
-        _backward(p_gate, p_up, p_dh, p_dg, p_du, p_hidden, start, count, BLOCK, False)
+        _backward(p_gate, p_up, p_dh, p_gbar, p_ubar, p_dg, p_du, p_hidden, start, count, BLOCK, False)
     else:
-        _backward(p_gate, p_up, p_dh, p_dg, p_du, p_hidden, start, count, BLOCK, True)
+        _backward(p_gate, p_up, p_dh, p_gbar, p_ubar, p_dg, p_du, p_hidden, start, count, BLOCK, True)
 
 
 @triton.jit
