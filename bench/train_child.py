@@ -50,9 +50,9 @@ class Job:
 def measure(job: Job) -> dict[str, Any]:
     """Seconds of a step, its memory, and the loss.
 
-    The first step is for memory, which it gets from the system and gives back as any program does. Time is that of
-    another one, in memory that is kept from one to the next: training is a long run of equal steps, and finding
-    large results' memory again in each would be the allocator's time, not the model's. The same for all models.
+    The first step is for memory, which it gets from the system and gives back as any program does. The second one finds
+    memory that is kept for the third, whose time counts: training is a long run of equal steps, and finding large
+    results' memory again in each would be the allocator's time, not the model's. The same for all models.
     """
     device = torch.device(job.device)
     config = TTTConfig.from_dict(job.config)
@@ -68,6 +68,8 @@ def measure(job: Job) -> dict[str, Any]:
     extra = memory.peak_bytes()
     progress(".")
     with freed_memory_kept():
+        _step(model, tokens, job)
+        progress(".")
         loss, taken = timed(lambda: _step(model, tokens, job), device)
     progress(f" {taken:.2f} s\n")
     value = float(loss)
