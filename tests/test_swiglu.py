@@ -154,6 +154,18 @@ def test_reverse_over_reverse_makes_no_product_twice(batched: bool) -> None:
     assert products(second) == 1 + 4 + 1 + 2 + 5 + 6
 
 
+def test_what_carried_cotangents_led_to_is_not_differentiated_again() -> None:
+    """It would leave out how they depend on the arguments, even for a leaf that no second order stands before."""
+    leaves = [t.requires_grad_() for t in arguments((2, 3), 4, 6)]
+    y = swiglu(*leaves, backend="cpu")
+    first = torch.autograd.grad(y, leaves, torch.ones_like(y), create_graph=True)
+    cotangent = torch.ones_like(y).requires_grad_()
+    given = [cotangent, *(torch.ones_like(g) for g in first)]
+    second = torch.autograd.grad([y, *first], leaves, given, create_graph=True)
+    with pytest.raises(NotImplementedError, match="swiglu_double_backward"):
+        torch.autograd.grad(second[0].sum(), cotangent)
+
+
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set(name: str, dtype: torch.dtype) -> None:

@@ -67,7 +67,8 @@ def fit(run: Run) -> int:
     for plan in plans(run, free, try_out):
         print(_row(plan), flush=True)
         found.append(plan)
-    print("\nthe most promising at full length:")
+    if any(_fits(plan, free) for plan in found):
+        print("\nthe most promising at full length:")
     best = None
     for plan in rehearsed(run, free, found, try_out):
         print(_row(plan), flush=True)
