@@ -49,6 +49,16 @@ class Ops:
         self._scale = config.head_dim**-0.5
 
     @property
+    def backends(self) -> tuple[str, ...]:
+        """The backend of every operator."""
+        return tuple(self._backend.values())
+
+    @property
+    def recordable(self) -> bool:
+        """Whether a CUDA graph may record them: the reference may look at what a tensor holds."""
+        return "reference" not in self.backends
+
+    @property
     def takes_known(self) -> bool:
         """Whether `nll_and_slope` takes known results."""
         return self._backend["linear_ce"] != "reference"

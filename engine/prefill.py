@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -30,14 +31,18 @@ class PrefillOutput(NamedTuple):
 def prefill(model: TTTModel, tokens: Tensor, state: State, *, backend: str | None = None) -> PrefillOutput:
     """Reads tokens (B, T) into `state`; see `TTTModel.prefill`.
 
+    On a GPU mini-batches are replayed from CUDA graphs (engine/replay.py) unless the backend is the reference.
+
     Raises:
         ValueError: unsuitable tokens, a state of another model or batch size, or a backend that cannot serve.
     """
+    from engine.replay import reader
+
     checks.tokens("prefill", tokens, model.config, model.final_norm.device)
     check_state("prefill", model, state, len(tokens))
-    reader = Reader(model, state, Ops(model, backend))
-    nll = reader.read(tokens.long())
-    return PrefillOutput(nll, reader.logits())
+    with reader(model, state, Ops(model, backend), tokens.shape[1]) as reads:
+        nll = reads.read(tokens.long())
+        return PrefillOutput(nll, reads.logits())
 
 
 def check_state(call: str, model: TTTModel, state: State, batch: int) -> None:
@@ -51,6 +56,9 @@ def check_state(call: str, model: TTTModel, state: State, batch: int) -> None:
 class Reader:
     """One call's work on a state."""
 
+    ahead = 0
+    """Slabs that the prefix blocks read before the suffix blocks have read the first of them."""
+
     def __init__(self, model: TTTModel, state: State, ops: Ops) -> None:
         self._config = model.config
         self._state = state
@@ -62,12 +70,14 @@ class Reader:
         nll = torch.full(tokens.shape, torch.nan, dtype=torch.float32, device=tokens.device)
         if self._state.last_hidden is not None:
             nll[:, :1] = self._ops.nll(self._state.last_hidden[:, None], self._weights.head, tokens[:, :1])
-        start = 0
-        while start < tokens.shape[1]:
-            # Up to the end of a mini-batch, so that the suffix finds whole ones in the next slab.
-            length = self._state.slab - self._pending_after(start)
-            self._read_slab(tokens, start, min(start + length, tokens.shape[1]), nll)
-            start += length
+        first = self._state.tokens_read
+        waiting: deque[tuple[slice, Tensor]] = deque()
+        for slab in self._slabs(tokens.shape[1]):
+            waiting.append((slab, self._read_prefix(tokens[:, slab], first + slab.start)))
+            if len(waiting) > self.ahead:
+                self._read_suffix(tokens, *waiting.popleft(), nll)
+        while waiting:
+            self._read_suffix(tokens, *waiting.popleft(), nll)
         return nll
 
     def logits(self) -> Tensor:
@@ -84,32 +94,43 @@ class Reader:
         targets = torch.cat((state.pending_tokens[:, 1:], token[:, None]), 1)
         with stage("inner step"):
             if state.read is not None:
-                read = with_last_target(self._ops, self._weights, state.read, token)
+                self._update(with_last_target(self._ops, self._weights, state.read, token), targets)
             else:
                 for window in state.suffix:
                     window.drop_last(state.pending)
-                read = self._forward(state.pending_hidden, state.tokens_read - state.pending, targets)
-            self._update(read, targets)
+                self._read_again(state.pending_hidden, state.tokens_read - state.pending, targets)
         state.clear_pending()
 
-    def _pending_after(self, start: int) -> int:
-        full = self._state.pending == self._config.mini_batch_size
-        return 0 if start or full else self._state.pending
+    def _slabs(self, length: int) -> list[slice]:
+        """Tokens that the prefix blocks read at once, to the end of a mini-batch: the suffix finds whole ones then."""
+        state = self._state
+        full = state.pending == self._config.mini_batch_size
+        first = min(length, state.slab - (0 if full else state.pending))
+        return [slice(0, first)] + [
+            slice(start, min(start + state.slab, length)) for start in range(first, length, state.slab)
+        ]
 
-    def _read_slab(self, tokens: Tensor, start: int, end: int, nll: Tensor) -> None:
-        state, size = self._state, self._config.mini_batch_size
-        first = state.tokens_read
-        x = torch.nn.functional.embedding(tokens[:, start:end], self._weights.embed)
-        positions = torch.arange(first, first + end - start, device=tokens.device)
+    def _read_prefix(self, tokens: Tensor, first: int) -> Tensor:
+        """Hidden states (B, n, d) of a slab's tokens (B, n), from position `first` on, after the prefix blocks."""
+        positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+        x = torch.nn.functional.embedding(tokens, self._weights.embed)
         with stage("prefix"):
-            x = prefix_forward(
-                self._ops, self._weights.prefix, x, positions, state.prefix, self._config.window
+            return prefix_forward(
+                self._ops, self._weights.prefix, x, positions, self._state.prefix, self._config.window
             )
-        done = start
-        while done < end:
+
+    def _read_suffix(self, tokens: Tensor, slab: slice, x: Tensor, nll: Tensor) -> None:
+        """Reads a slab's x (B, n, d) through the suffix blocks, mini-batch by mini-batch."""
+        state, size = self._state, self._config.mini_batch_size
+        done = slab.start
+        while done < slab.stop:
             self.settle(tokens[:, done])
-            length = min(size - state.pending, end - done) if self._config.suffix_layers else end - done
-            part = x[:, done - start : done - start + length]
+            length = (
+                min(size - state.pending, slab.stop - done)
+                if self._config.suffix_layers
+                else slab.stop - done
+            )
+            part = x[:, done - slab.start : done - slab.start + length]
             known = tokens[:, done + 1 : done + length + 1]
             ahead = nll[:, done + 1 : done + length + 1]
             if self._config.suffix_layers and length == size:
@@ -141,9 +162,9 @@ class Reader:
     def _read_mini_batch(self, tokens: Tensor, x: Tensor, known: Tensor, nll: Tensor) -> None:
         """Reads a whole mini-batch, and learns from it if its last target is among the `known` next tokens."""
         state = self._state
-        complete = known.shape[1] == x.shape[1]
-        targets = known if complete else torch.nn.functional.pad(known, (0, 1), value=IGNORED)
         with stage("inner step"):
+            complete = known.shape[1] == x.shape[1]
+            targets = known if complete else torch.nn.functional.pad(known, (0, 1), value=IGNORED)
             read = self._forward(x, state.tokens_read, targets)
             nll[:] = read.nll[:, : known.shape[1]]
             state.last_hidden = read.hidden[:, -1].clone()
@@ -152,6 +173,10 @@ class Reader:
             else:
                 state.add_pending(tokens, x)
                 state.read = read
+
+    def _read_again(self, x: Tensor, first: int, targets: Tensor) -> None:
+        """Learns from x (B, b, d) from position `first` on, which was read in parts before."""
+        self._update(self._forward(x, first, targets), targets)
 
     def _forward(self, x: Tensor, first: int, targets: Tensor) -> Forward:
         positions = torch.arange(first, first + x.shape[1], device=x.device)

@@ -40,9 +40,11 @@ class State:
         stack: what decoding reads, and the tensors that it was made of. Not saved.
     """
 
-    def __init__(self, model: TTTModel, batch_size: int) -> None:
+    def __init__(self, model: TTTModel, batch_size: int, *, roomy: bool = False) -> None:
+        """`roomy`: windows with so much memory that what they keep is seldom moved, and never onto itself."""
         self._model = model
         self._batch_size = batch_size
+        self._roomy = roomy
         self.reset()
 
     @torch.no_grad()
@@ -60,6 +62,8 @@ class State:
 
         def window(slack: int, behind: int) -> Window:
             keep = None if config.window is None else config.window - 1 + behind
+            if self._roomy and keep is not None:
+                slack *= 1 + -(-keep // slack)
             return Window(self._batch_size, config.num_heads, config.head_dim, keep, slack, like)
 
         self.prefix = [window(self.slab, 0) for _ in range(config.prefix_layers)]
@@ -138,10 +142,30 @@ class State:
         unique = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
         return sum(unique.values())
 
+    def copy_from(self, other: State) -> None:
+        """Takes over all that another state of the same model and batch size has read, into its own memory."""
+        for mine, theirs in zip(self._fast_tensors(), other._fast_tensors(), strict=True):
+            mine.copy_(theirs)
+        self._pending = other._pending
+        windows = zip((*self.prefix, *self.suffix), (*other.prefix, *other.suffix), strict=True)
+        for window, source in windows:
+            window.copy_from(source, self._pending)
+        self.position.copy_(other.position)
+        self.pending_tokens.copy_(other.pending_tokens)
+        self.pending_hidden.copy_(other.pending_hidden)
+        self.last_hidden = None if other.last_hidden is None else other.last_hidden.clone()
+        # Its intermediates are views of the other's windows; they are computed again when they are needed.
+        self.read = None
+
+    def _fast_tensors(self) -> list[Tensor]:
+        """Masters, and the copies where they are not the masters themselves."""
+        versions = (self.fast.masters,) if self.fast.copies is self.fast.masters else self.fast
+        return [t for fast in versions for block in fast for t in block]
+
     def clone(self) -> State:
         """An independent copy."""
         other = object.__new__(State)
-        other._model, other._batch_size = self._model, self._batch_size
+        other._model, other._batch_size, other._roomy = self._model, self._batch_size, self._roomy
         masters = tuple((g.clone(), u.clone(), d.clone()) for g, u, d in self.fast.masters)
         other.fast = FastWeights.of(masters, self._model.config)
         other.prefix = [w.clone() for w in self.prefix]

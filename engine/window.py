@@ -48,6 +48,21 @@ class Window:
         start = 0 if self._keep is None else max(0, self.length - self._keep)
         return self.k[:, start : self.length], self.v[:, start : self.length]
 
+    def copy_from(self, other: Window, pending: int) -> None:
+        """Takes over the rows of another cache of the same kind that later queries may still see.
+
+        `pending` of them belong to a mini-batch that is not over. It begins at a row that does not depend on how much
+        was dropped before it, so that few distinct places are ever read and written.
+        """
+        k, v = other.valid()
+        rows = k.shape[1]
+        start = pending if rows == self._keep else 0
+        self.length = start + rows
+        for mine, theirs in ((self.k, k), (self.v, v)):
+            # Nobody sees them, but products read them, and have to find numbers.
+            mine[:, :start] = 0
+            mine[:, start : self.length] = theirs
+
     def clone(self) -> Window:
         """An independent copy."""
         other = object.__new__(Window)
@@ -67,8 +82,10 @@ class Window:
             new_k = self.k.new_empty(self.k.shape[0], rows, *self.k.shape[2:])
             new_v = torch.empty_like(new_k)
         else:
-            # The rows to move may overlap their destination.
-            k, v, new_k, new_v = k.clone(), v.clone(), self.k, self.v
+            if 2 * k.shape[1] > self.length:
+                # The rows to move overlap their destination.
+                k, v = k.clone(), v.clone()
+            new_k, new_v = self.k, self.v
         new_k[:, : k.shape[1]] = k
         new_v[:, : k.shape[1]] = v
         self.k, self.v, self.length = new_k, new_v, k.shape[1]
