@@ -136,7 +136,7 @@ def inner_gradient(
 
 
 def inner_update(
-    ops: Ops, config: TTTConfig, fast: FastWeights, grads: Sequence[Tensor], lr: float
+    ops: Ops, config: TTTConfig, fast: FastWeights, grads: Sequence[Tensor], lr: float | Tensor
 ) -> tuple[FastWeights, Tensor]:
     """The clipped SGD step of the paper's section 2: new fast weights, and the gradient's norm (B,) before it."""
     copy_dtype = None if config.torch_dtype == grads[0].dtype else config.torch_dtype
@@ -184,10 +184,12 @@ def inner_step(
     return InnerStep(read, new, grads, norm)
 
 
-def inner_update_(ops: Ops, config: TTTConfig, fast: FastWeights, grads: Sequence[Tensor], lr: float) -> None:
-    """`inner_update` in place, where nothing records."""
+def inner_update_(
+    ops: Ops, config: TTTConfig, fast: FastWeights, grads: Sequence[Tensor], lr: float | Tensor
+) -> Tensor:
+    """`inner_update` in place, where nothing records; returns the gradient's norm (B,)."""
     copies = None if fast.copies is fast.masters else flat(fast.copies)
-    ops.update_(flat(fast.masters), grads, lr, config.inner_clip, copies)
+    return ops.update_(flat(fast.masters), grads, lr, config.inner_clip, copies)
 
 
 def flat(fast: Fast) -> list[Tensor]:

@@ -40,6 +40,7 @@ class Ops:
     """Forward and explicit backward of everything that a block, the head and the inner update need."""
 
     def __init__(self, model: TTTModel, backend: str | None) -> None:
+        self.model = model
         config = model.config
         like = torch.empty(0, 1, 1, config.head_dim, dtype=config.torch_dtype, device=model.final_norm.device)
         operators = (rms_norm, rope, swiglu, swa, linear_ce, clipped_sgd)
@@ -210,13 +211,13 @@ class Ops:
         self,
         weights: Sequence[Tensor],
         grads: Sequence[Tensor],
-        lr: float,
+        lr: float | Tensor,
         clip: float,
         copy_dtype: torch.dtype | None,
     ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """The clipped step: new weights, the gradient's norm per sequence, and the copies that products read."""
         # On the processor, wherever the weights are: no device has to be waited for.
-        rate = torch.tensor(lr, dtype=torch.float64, device="cpu")
+        rate = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
         arguments = (list(weights), list(grads), rate, clip or None, copy_dtype)
         new, norm, copies = clipped_sgd.forward(*arguments, backend=self._backend["clipped_sgd"])
         return list(new), norm, list(copies)
@@ -225,10 +226,10 @@ class Ops:
         self,
         weights: Sequence[Tensor],
         grads: Sequence[Tensor],
-        lr: float,
+        lr: float | Tensor,
         clip: float,
         copies: Sequence[Tensor] | None,
-    ) -> None:
-        """`update` in place; builds no graph."""
+    ) -> Tensor:
+        """`update` in place, which returns the norm (B,); builds no graph."""
         backend = self._backend["clipped_sgd"]
-        update_(weights, grads, lr=lr, max_norm=clip or None, copies=copies, backend=backend)
+        return update_(weights, grads, lr=lr, max_norm=clip or None, copies=copies, backend=backend)

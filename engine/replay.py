@@ -36,7 +36,7 @@ def reader(model: TTTModel, state: State, ops: Ops, tokens: int) -> Iterator[Rea
         yield Reader(model, state, ops)
         return
     space = workspace(model, state.batch_size, for_inference(model), ops, ReplayReader.ahead + 1)
-    with space.lock, space.in_turn():
+    with space.in_turn():
         space.state.copy_from(state)
         yield ReplayReader(model, space, ops)
         state.copy_from(space.state)
@@ -88,9 +88,8 @@ class ReplayReader(Reader):
         """See `Reader.read`."""
         main, beside = self._space.lanes
         beside.wait(main.mark())
-        nll = super().read(tokens)
-        main.wait(beside.mark())
-        return nll
+        # What comes after waits for the other lane already: for its last slab.
+        return super().read(tokens)
 
     def _read_prefix(self, tokens: Tensor, first: int) -> Tensor:
         space, state, length = self._space, self._state, tokens.shape[1]

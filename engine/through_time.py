@@ -12,31 +12,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from engine.caches import RecordedCache, by_cache, first_seen, limit
+from engine import once
+from engine.caches import by_cache, first_seen, limit
 from engine.config import TTTConfig
-from engine.cotangents import RowCotangents, Totals, leaf, pulled
+from engine.cotangents import RowCotangents, Totals, leaf
 from engine.inner import (
     FastWeights,
     InnerStep,
     by_block,
     flat,
-    inner_forward,
     inner_step,
-    inner_update,
 )
-from engine.once import swept
 from engine.ops import Ops
 from engine.profiling import stage
+from engine.replay_sweep import ReplaySweep, replays
 from engine.rollback import Rollback
-from engine.tangents import loss_along
+from engine.step_back import Step, step_back
 from engine.weights import Fast, SuffixWeights, converted, mapped, tensors
 from ttt_kernels.swiglu.reference import Factors
-from ttt_kernels.tangents import total
 
 
 @dataclass
@@ -95,8 +92,12 @@ def run(loop: Loop, x: Tensor, masters: Fast, past: Sequence[Tensor]) -> tuple[T
         second time raises.
     """
     slow, count = tensors(loop.weights), len(flat(masters))
-    sweep = Sweep(loop, x, past, goes_back=torch.is_grad_enabled())
-    nll, *results = swept(sweep, x, *past, *slow, *flat(masters))
+    goes_back = torch.is_grad_enabled()
+    if replays(loop, x):
+        sweep: once.Sweep = ReplaySweep(loop, x, past, masters, goes_back=goes_back)
+    else:
+        sweep = Sweep(loop, x, past, goes_back=goes_back)
+    nll, *results = once.swept(sweep, x, *past, *slow, *flat(masters))
     return nll, by_block(results[:count]), results[count:]
 
 
@@ -110,28 +111,6 @@ class _Rows:
         """See `engine.blocks.Cache`."""
         self._keys[:, self._own], self._values[:, self._own] = k, v
         return self._keys[:, self._seen], self._values[:, self._seen]
-
-
-class _Leaves(NamedTuple):
-    """What the graph of one mini-batch starts from: x (B, b, d), fp32 fast weights, and keys and values by block."""
-
-    x: Tensor
-    fast: list[Tensor]
-    caches: list[RecordedCache]
-
-    @property
-    def past(self) -> list[Tensor]:
-        """Keys and values of earlier tokens, block by block (keys, values)."""
-        return [t for cache in self.caches for t in cache.past]
-
-    @property
-    def own(self) -> list[Tensor]:
-        """Those of the mini-batch itself, once it has been read."""
-        return [t for cache in self.caches for t in cache.own]
-
-
-_Results = list[tuple[Tensor, Tensor | None]]
-"""Results of a graph, each with its cotangent."""
 
 
 class Sweep:
@@ -212,20 +191,20 @@ class Sweep:
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Takes step `index` back: cotangents of its x and of the fast weights before it; the others are summed up."""
         assert self._rollback is not None
-        before = self._rollback.before()
-        leaves = self._leaves(index, before.masters)
-        through: Sequence[Tensor | None] = [None] * len(leaves.fast)
-        if any(g is not None for g in d_fast):
-            through, along = self._update_back(before.masters, before.grads, d_fast)
-            results = self._read_along(index, weights, leaves, along, d_nll)
-        else:
-            results = self._read_alone(index, weights, leaves, d_nll)
-        results += zip(leaves.own, d_rows.pop(index, leaves.own), strict=True)
-        found = pulled(results, [leaves.x, *leaves.fast, *leaves.past, *totals.leaves])
-        first, last = 1 + len(leaves.fast), 1 + len(leaves.fast) + len(leaves.past)
-        d_rows.add(self._seen(self._parts[index]).start, found[first:last])
-        totals.add(found[last:])
-        return found[0], [total(a, b) for a, b in zip(through, found[1:first], strict=True)]
+        loop, part = self._loop, self._parts[index]
+        seen = self._seen(part)
+        past = [t[:, self._in_rows(slice(seen.start, part.start))] for t in self._rows]
+        own = [t[:, self._in_rows(part)] for t in self._rows]
+        step = Step(
+            self._x[:, part], loop.positions[part], loop.targets[:, part], past, self._rollback.before(),
+            self._known(part),
+        )  # fmt: skip
+        found = step_back(
+            loop.ops, loop.config, weights, loop.lr, step, d_nll, d_fast, d_rows.pop(index, own)
+        )
+        d_rows.add(seen.start, found.past)
+        totals.add(found.slow)
+        return found.x, found.fast
 
     def _step(self, index: int, fast: FastWeights, factors: list[Factors] | None) -> InnerStep:
         loop, part = self._loop, self._parts[index]
@@ -235,51 +214,6 @@ class Sweep:
             loop.ops, loop.config, self._weights, fast, self._x[:, part], loop.positions[part],
             loop.targets[:, part], caches, loop.lr, kept=factors,
         )  # fmt: skip
-
-    def _leaves(self, index: int, masters: Fast) -> _Leaves:
-        part = self._parts[index]
-        past = self._in_rows(slice(self._seen(part).start, part.start))
-        rows = [leaf(t[:, past]) for t in self._rows]
-        caches = [RecordedCache(*pair) for pair in by_cache(rows)]
-        fast = [leaf(t) for t in flat(masters)]
-        return _Leaves(leaf(self._x[:, part]), fast, caches)
-
-    @torch.enable_grad()
-    def _read_alone(self, index: int, weights: SuffixWeights, leaves: _Leaves, d_nll: Tensor) -> _Results:
-        """Reads mini-batch `index` once more, from whose step nothing comes back."""
-        loop, part = self._loop, self._parts[index]
-        fast = FastWeights.of(by_block(leaves.fast), loop.config)
-        read = inner_forward(
-            loop.ops, loop.config, weights, fast, leaves.x, loop.positions[part], loop.targets[:, part],
-            leaves.caches, self._known(part), learns=False,
-        )  # fmt: skip
-        return [(read.nll, d_nll)]
-
-    @torch.enable_grad()
-    def _read_along(
-        self, index: int, weights: SuffixWeights, leaves: _Leaves, along: Sequence[Tensor], d_nll: Tensor
-    ) -> _Results:
-        """Reads mini-batch `index` once more, with what its inner loss changes by along a change of fast weights."""
-        loop, part = self._loop, self._parts[index]
-        fast = FastWeights.of(by_block(leaves.fast), loop.config)
-        dots = by_block([t.to(loop.config.torch_dtype) for t in along])
-        nll, change = loss_along(
-            loop.ops, loop.config, weights, fast, dots, leaves.x, loop.positions[part], loop.targets[:, part],
-            leaves.caches, self._known(part),
-        )  # fmt: skip
-        return [(nll, d_nll), (change, torch.ones_like(change))]
-
-    @torch.enable_grad()
-    def _update_back(
-        self, masters: Fast, grads: Sequence[Tensor], d_fast: Sequence[Tensor | None]
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Takes a clipped update back: cotangents of the weights before it and of their gradients."""
-        leaves = [leaf(t) for t in (*flat(masters), *grads)]
-        count = len(grads)
-        fast = FastWeights(by_block(leaves[:count]), by_block(leaves[:count]))
-        new, _ = inner_update(self._loop.ops, self._loop.config, fast, leaves[count:], self._loop.lr)
-        found = pulled(zip(flat(new.masters), d_fast, strict=True), leaves, zeros=True)
-        return found[:count], found[count:]
 
     def _known(self, part: slice) -> list[Tensor]:
         """The head's results for a mini-batch that was read before, where the backend can use them."""
