@@ -24,6 +24,8 @@ _UNBOUNDED = 2048
 """Tokens of a slab where attention has no window."""
 
 
+# Its way back is no graph that could be compiled.
+@torch.compiler.disable
 def run(
     ops: Ops,
     config: TTTConfig,
