@@ -7,7 +7,6 @@
 // short, but could not begin with fewer blocks than are resident at once, nor end a block before the slowest
 // has come to the barrier. Two kernels need no counter that outlives the call.
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
 #include <type_traits>
 
@@ -197,7 +196,7 @@ __global__ void __launch_bounds__(kThreads)
                   float* __restrict__ norms) {
     constexpr int L = kLanes<T> < kLanes<U> ? kLanes<T> : kLanes<U>;
     int64_t sequence = -1;
-    float factor = 0;
+    Clip of{};
     bool moves = false;
     for (int64_t turn = sequences * tuple.pieces - 1 - blockIdx.x; turn >= 0; turn -= gridDim.x) {
         const int64_t piece = turn % tuple.pieces;
@@ -207,12 +206,12 @@ __global__ void __launch_bounds__(kThreads)
             double square = 0;
             for (int64_t part = threadIdx.x; part < tuple.all_parts; part += kThreads)
                 square += scratch[sequence * tuple.all_parts + part];
-            square = block_reduce<kThreads>(square, reinterpret_cast<double*>(dynamic_shared()), 0.0, Sum{});
-            factor = static_cast<float>(-learning_rate(rate) * clip_scale(sqrt(square), rate.max_norm));
-            // Every sequence's first piece is its last turn, and its block has come by here.
-            if (norms && threadIdx.x == 0) norms[sequence] = static_cast<float>(sqrt(square));
+            double* sums = reinterpret_cast<double*>(dynamic_shared());
+            of = clip(block_reduce<kThreads>(square, sums, 0.0, Sum{}), rate.max_norm);
         }
+        if (norms && piece == 0 && threadIdx.x == 0) norms[sequence] = static_cast<float>(of.norm);
         if (!moves) continue;
+        const float factor = static_cast<float>(-learning_rate(rate) * of.scale);
         const Tensor& tensor = tensor_of<&Tensor::first_piece>(tuple, piece);
         const Row& row = tensor.row;
         const int64_t start = (piece - tensor.first_piece) * kPiece;
