@@ -6,7 +6,7 @@ architecture of GPU that nvcc knows of those named below, and as PTX for later o
 no header of torch and link neither torch, an OpenMP runtime nor a CUDA library. Where one cannot be built
 the installation goes on without it and the reason is kept for `ttt_kernels.backends()`.
 
-nvcc is looked for in CUDA_HOME, in /usr/local/cuda and on the PATH. No GPU is needed.
+nvcc is that of CUDA_HOME where that is set, else that of /usr/local/cuda, else the PATH's. No GPU is needed.
 
 Environment: TTT_KERNELS_CXXFLAGS, flags for the compiler and the linker after all others;
 TTT_KERNELS_INSTRUCTION_SETS, names of the sets to build beside the portable one (all where it is not set);
@@ -74,13 +74,14 @@ def find_nvcc() -> Path:
     Raises:
         RuntimeError: there is none.
     """
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    for home in filter(None, homes):
-        if (nvcc := Path(home) / "bin" / "nvcc").is_file():
-            return nvcc
-    if found := shutil.which("nvcc"):
-        return Path(found).resolve()
-    raise RuntimeError("there is no nvcc in CUDA_HOME, in /usr/local/cuda or on the PATH")
+    if home := os.environ.get("CUDA_HOME"):
+        found, places = shutil.which("nvcc", path=f"{home}/bin"), f"{home} (CUDA_HOME)"
+    else:
+        found = shutil.which("nvcc", path="/usr/local/cuda/bin") or shutil.which("nvcc")
+        places = "/usr/local/cuda or on the PATH"
+    if not found:
+        raise RuntimeError(f"there is no nvcc in {places}")
+    return Path(found).resolve()
 
 
 def asked_architectures() -> list[str] | None:
