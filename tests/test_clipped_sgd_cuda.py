@@ -288,6 +288,24 @@ def test_active_with_a_stride(device: Device, stride: int) -> None:
     assert torch.equal(weights[0].cpu(), torch.tensor([-1.0, 0.0, -1.0])[:, None].expand(3, 4))
 
 
+def test_replayed_in_a_graph(device: Device) -> None:
+    """With the weights and the rate that there are then; nothing waits or allocates while it is captured."""
+    if device.name != "cuda":
+        pytest.skip("CUDA graphs are a GPU's")
+    weights, grads = [torch.zeros(2, PIECE + 1, device="cuda")], [torch.ones(2, PIECE + 1, device="cuda")]
+    rate = torch.tensor(1.0, device="cuda")
+    cuda.update_(weights, grads, rate, None, None, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norm = cuda.update_(weights, grads, rate, None, None, None)
+    grads[0].mul_(2)
+    rate.fill_(0.5)
+    for step in (2, 3):
+        graph.replay()
+        assert torch.equal(weights[0].cpu(), torch.full((2, PIECE + 1), -float(step)))
+    torch.testing.assert_close(norm.cpu(), torch.full((2,), 2 * (PIECE + 1) ** 0.5))
+
+
 def test_what_the_kernels_refuse() -> None:
     with pytest.raises(
         ValueError, match=r"update_: backend 'cuda' cannot serve this call: .*; what can: .*'cpu'"
