@@ -203,7 +203,7 @@ class BuildExtension(build_ext):
         kernels = sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))
         sets = instruction_sets()
         built = [(f"TTT_BUILT_{name.upper()}", "1") for name in sets]
-        # What is not a kernel takes the longest and starts first. The plainest set comes before the others:
+        # What is not a kernel takes the longest and comes first. The plainest set comes before the others:
         # of a template of the standard library that several sets instantiate, the linker keeps the first
         # copy, which must run on every processor.
         jobs = [(source, "common", built, ["-O2"]) for source in ext.sources]
@@ -245,9 +245,10 @@ class BuildExtension(build_ext):
 
 if __name__ == "__main__":
     setup(
+        # What takes the longest starts first.
         ext_modules=[
-            Extension("ttt_kernels._cpu", sources=["csrc/bindings.cpp", "csrc/common/parallel.cpp"]),
             Extension("ttt_kernels._cuda", sources=["csrc/cuda/bindings.cpp"]),
+            Extension("ttt_kernels._cpu", sources=["csrc/bindings.cpp", "csrc/common/parallel.cpp"]),
         ],
         cmdclass={"build_ext": BuildExtension},
     )

@@ -131,8 +131,14 @@ def test_a_build_without_cuda_succeeds_and_says_why(
     assert told.stdout.strip() == text
 
 
+def test_where_nvcc_is_the_extension_is_built() -> None:
+    _, reason = extension.load_cuda()
+    if "could not be built" in reason:
+        assert "there is no nvcc" in reason or f"{VARIABLE} is empty" in reason, reason
+
+
 needs_cuda_build = pytest.mark.skipif(
-    find_spec("ttt_kernels._cuda") is None, reason="the CUDA extension is not built: nvcc was not there"
+    find_spec("ttt_kernels._cuda") is None, reason="the CUDA extension is not built"
 )
 
 

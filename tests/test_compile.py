@@ -170,7 +170,7 @@ def test_cuda_kernels_that_spill_make_the_exit_status(
     assert ("bytes spilled" in printed) == bool(status)
 
 
-@pytest.mark.skipif(aot_cuda.built() is None, reason="the CUDA extension is not built: nvcc was not there")
+@pytest.mark.skipif(aot_cuda.built() is None, reason="the CUDA extension is not built")
 def test_cuda_kernels_do_not_spill() -> None:
     found = list(aot_cuda.kernels(aot_cuda.built()))
     assert {k.arch for k in found} <= {"sm_80", "sm_90a", "sm_100"}
