@@ -57,6 +57,12 @@ SWEEP, SUMS, ROLLBACK, ALONG, STRETCHES, SLABS, CACHES = (
     for name in ("through_time", "cotangents", "rollback", "tangents", "snapshots", "slabs", "caches")
 )
 SWEEPS = "test_sweeps_equal_the_graph"
+STEP = "engine/step_back.py"
+REPLAY, RECORDINGS, WINDOW, STATE, REPLAY_SWEEP, SWEEP_SPACE = (
+    f"engine/{name}.py" for name in ("replay", "recordings", "window", "state", "replay_sweep", "sweep_space")
+)
+REPLAYED = "test_a_second_reading or test_states_take_turns"
+SWEPT = "test_a_second_sweep"
 TWIN, SLOPE = "test_within_budget and swiglu_jvp", "test_within_budget and linear_ce_slope"
 ATTENTION_TWIN = "test_within_budget and swa_jvp"
 
@@ -78,6 +84,10 @@ class Mutation(NamedTuple):
         Else its operator's, whose folder the file is in or whose name its name begins with, for its kind of kernels.
         """
         *folders, name = Path(self.file).parts
+        if self.file in (REPLAY, RECORDINGS, WINDOW, STATE):
+            return "tests/test_replay.py"
+        if self.file in (REPLAY_SWEEP, SWEEP_SPACE):
+            return "tests/test_replay_sweep.py"
         if folders == ["engine"]:
             return "tests/test_meta_gradient.py"
         if folders == ["ttt_kernels"] or self.test in (TWIN, SLOPE, ATTENTION_TWIN):
@@ -185,7 +195,7 @@ MUTATIONS = (
              "(d_up, c)),", TWIN),
     Mutation("swiglu's twin: W_d loses H^", "ttt_kernels/swiglu/jvp.py", "(transposed(t_dy_), t_hidden)),", "),", TWIN),
     Mutation("sweep: the weights roll on", ROLLBACK, "torch.addcmul(w, g, rate", "torch.addcmul(w, g, -rate", SWEEPS),
-    Mutation("sweep: later steps do not know their weights", SWEEP, "total(a, b) for a, b in", "b for a, b in", SWEEPS),
+    Mutation("sweep: later steps do not know their weights", STEP, "total(a, b) for a, b in", "b for a, b in", SWEEPS),
     Mutation("sweep: earlier keys have no cotangents", SUMS, "sum_[:, own] += piece", "pass", SWEEPS),
     Mutation("sweep: slow weights of the last step only", SUMS, "if found is None else found.add_(grad)",
              "if found is None else found", SWEEPS),
@@ -215,6 +225,36 @@ MUTATIONS = (
              SWEEPS),
     Mutation("tangents: none beside an MLP", ALONG, "ops.norm_jvp(y, w.post_norm, x, y_dot, x_dot)",
              "ops.norm_jvp(y, w.post_norm, x, y_dot, None)", SWEEPS),
+    Mutation("replay: a slot is not waited for to be free", REPLAY, "                lane.wait(slot.free)",
+             "                pass", REPLAYED),
+    Mutation("replay: a slab is not waited for", REPLAY, "lane.wait(slot.ready)", "pass", REPLAYED),
+    Mutation("replay: the tokens are not waited for", REPLAY, "beside.wait(main.mark())", "pass", REPLAYED),
+    Mutation("replay: targets of the recording", REPLAY, "space.targets.copy_(targets)", "space.targets = targets",
+             REPLAYED),
+    Mutation("replay: hidden states of the recording", REPLAY, "space.x.copy_(x)", "space.x = x", REPLAYED),
+    Mutation("replay: positions of the recording", REPLAY,
+             "torch.arange(first, first + x.shape[1], out=space.own_positions)", "pass", REPLAYED),
+    Mutation("replay: all mini-batches at the first one's rows", REPLAY, "space.run(space.lanes.main, (kind, start)",
+             "space.run(space.lanes.main, (kind, 0)", REPLAYED),
+    Mutation("replay: the next user does not wait", RECORDINGS, "self.lanes.main.wait(mark)", "pass",
+             "test_a_failed_call"),
+    Mutation("replay: rows move onto themselves", WINDOW, "2 * k.shape[1] > self.length", "False", REPLAYED),
+    Mutation("replay: a gap holds what it held", WINDOW, "mine[:, :start] = 0", "pass", REPLAYED),
+    Mutation("replay: fast weights of another state", STATE, "mine.copy_(theirs)", "pass", REPLAYED),
+    Mutation("replay: the inner rate of the recording", REPLAY_SWEEP, "grads, space.lr))", "grads, loop.lr))",
+             "test_another_inner_rate"),
+    Mutation("replay: slow weights of the recording", SWEEP_SPACE, "                mine.copy_(theirs)\n            self",
+             "                pass\n            self", "test_changed_weights"),
+    Mutation("replay: a sweep's weights are another's", SWEEP_SPACE, "self._owner() is not owner", "False",
+             "test_changed_weights"),
+    Mutation("replay: later steps do not count", REPLAY_SWEEP, "mine.copy_(d_fast)", "mine.zero_()", SWEPT),
+    Mutation("replay: earlier keys have no cotangents", REPLAY_SWEEP, "mine[:, earlier] += d_past", "pass", SWEPT),
+    Mutation("replay: cotangents of keys stay where they are", REPLAY_SWEEP, "space.d_rows[:, :, own:] = ",
+             "_ = ", SWEPT),
+    Mutation("replay: sums of the sweep before", REPLAY_SWEEP, "total.zero_()", "pass", SWEPT),
+    Mutation("replay: the weights do not roll back", REPLAY_SWEEP, "w.addcmul_(g, space", "w.addcmul(g, space", SWEPT),
+    Mutation("replay: gradients are the space's own", REPLAY_SWEEP, "[t.clone() for t in space.totals]",
+             "list(space.totals)", "test_results_outlive"),
     Mutation("Triton: T loses r", T_DOUBLE, "(b_s1 - b_r) * (b_dp - b_delta)", "b_s1 * (b_dp - b_delta)", SMALL),
     Mutation("Triton: T loses D", T_DOUBLE, "(b_s1 - b_r) * (b_dp - b_delta)", "(b_s1 - b_r) * b_dp", SMALL),
     Mutation("Triton: T loses dO C^T", T_DOUBLE, "b_g = b_g + b_doc", "b_g = b_g", SMALL),
