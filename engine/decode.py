@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from engine.model import TTTModel
 
 
+@torch.compiler.disable(reason="it changes a state, and calls its kernels itself")
 @torch.no_grad()
 def decode(model: TTTModel, token: Tensor, state: State, *, backend: str | None = None) -> Tensor:
     """Reads token (B,) into `state`; returns logits (B, V) fp32 for the next; see `TTTModel.decode`.

@@ -18,8 +18,7 @@ class Sweep(Protocol):
         """Cotangents of what was given from those of the results, None being zero."""
 
 
-# Its way back is no graph that could be compiled.
-@torch.compiler.disable
+@torch.compiler.disable(reason="its way back is no graph; method='graph' with checkpoint_blocks=False is one")
 def swept(sweep: Sweep, *given: Tensor) -> tuple[Tensor, ...]:
     """The results of `sweep`, differentiable once with respect to `given`; a second time raises."""
     results: tuple[Tensor, ...] = _Node.apply(sweep, *given)

@@ -27,6 +27,7 @@ class PrefillOutput(NamedTuple):
     logits: Tensor
 
 
+@torch.compiler.disable(reason="it changes a state, and calls its kernels itself")
 @torch.no_grad()
 def prefill(model: TTTModel, tokens: Tensor, state: State, *, backend: str | None = None) -> PrefillOutput:
     """Reads tokens (B, T) into `state`; see `TTTModel.prefill`.

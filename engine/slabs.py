@@ -24,8 +24,7 @@ _UNBOUNDED = 2048
 """Tokens of a slab where attention has no window."""
 
 
-# Its way back is no graph that could be compiled.
-@torch.compiler.disable
+@torch.compiler.disable(reason="its way back is no graph; method='graph' with checkpoint_blocks=False is one")
 def run(
     ops: Ops,
     config: TTTConfig,
