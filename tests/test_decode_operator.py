@@ -93,6 +93,11 @@ def poison(stack: Stack, rows: Sequence[int], counts: Sequence[int]) -> None:
             cache[:, row:] = torch.nan
 
 
+def seen(rows: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """`visible` of each layer's row and count."""
+    return torch.tensor([rows, counts]).T
+
+
 Token = tuple[Tensor, Tensor, Tensor]
 
 
@@ -142,9 +147,9 @@ def assert_agrees(stack: Stack, dtype: torch.dtype, rows: Sequence[int], counts:
     for s in (exact, plain, own):
         poison(s, rows, counts)
     before = cast(own, dtype)
-    truth = step(exact, *map_token(token, Tensor.double), rows, counts, backend="reference")
-    honest = step(plain, *token, rows, counts, backend="reference")
-    found = step(own, *token, rows, counts, backend="cpu")
+    truth = step(exact, *map_token(token, Tensor.double), seen(rows, counts), backend="reference")
+    honest = step(plain, *token, seen(rows, counts), backend="reference")
+    found = step(own, *token, seen(rows, counts), backend="cpu")
     assert [t.dtype for t in found] == [t.dtype for t in honest] == [dtype, dtype, torch.float32]
     results = ((truth, exact), (honest, plain), (found, own))
     all_written = [(*out, *written(s, rows)) for out, s in results]
@@ -217,9 +222,9 @@ def test_rounds_where_separate_operators_would(dtype: torch.dtype) -> None:
     stack = make_stack(heads=3, head_dim=32, intermediate=200, vocab=90, capacities=(20, 20))
     exact, plain, own = cast(cast(stack, dtype), torch.float64), cast(stack, dtype), cast(stack, dtype)
     token, rows, counts = make_token(stack, dtype), (15, 15), (12, 12)
-    truth = step(exact, *map_token(token, Tensor.double), rows, counts, backend="reference")
-    honest = step(plain, *token, rows, counts, backend="reference")
-    found = step(own, *token, rows, counts, backend="cpu")
+    truth = step(exact, *map_token(token, Tensor.double), seen(rows, counts), backend="reference")
+    honest = step(plain, *token, seen(rows, counts), backend="reference")
+    found = step(own, *token, seen(rows, counts), backend="cpu")
     for e, p, o in zip(truth, honest, found, strict=True):
         assert relative_error(o, p.double()) < 0.4 * relative_error(p, e)
 
@@ -235,7 +240,9 @@ def test_same_bits_for_any_threads_and_neighbours(dtype: torch.dtype) -> None:
         names = ("k_cache", "v_cache", "fast_gate", "fast_up", "fast_down")
         chosen = map_stack(stack, lambda name, t: t[list(order)] if name in names else t)
         with threads(n_threads):
-            return step(chosen, *map_token(token, lambda t: t[list(order)]), rows, counts, backend="cpu")
+            return step(
+                chosen, *map_token(token, lambda t: t[list(order)]), seen(rows, counts), backend="cpu"
+            )
 
     whole = run(range(5), 1)
     for order, n_threads in ((range(5), 2), (range(5), 7), ((4, 2, 0, 3, 1), 2), ((3,), 3), ((2, 4), 1)):
@@ -253,7 +260,7 @@ def test_token_by_token_is_causal_attention(backend: str) -> None:
     angles = torch.arange(length)[:, None] * draw(1, stack.head_dim // 2, seed=6).abs()
     cos, sin = (t.to(dtype)[:, None].expand(-1, batch, -1) for t in (angles.cos(), angles.sin()))
     found = [
-        step(stack, tokens[t], cos[t], sin[t], [t] * 3, [min(t + 1, window)] * 3, backend=backend)
+        step(stack, tokens[t], cos[t], sin[t], seen([t] * 3, [min(t + 1, window)] * 3), backend=backend)
         for t in range(length)
     ]
     expected = dense(stack, tokens.transpose(0, 1), angles.to(dtype), window)
@@ -304,7 +311,7 @@ def dense(stack: Stack, x: Tensor, angles: Tensor, window: int) -> tuple[Tensor,
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_fast_layers_the_prefix_is_everything(backend: str) -> None:
     stack = cast(make_stack(fast_layers=0), torch.float32)
-    out = step(stack, *make_token(stack, torch.float32), (2, 2), (3, 1), backend=backend)
+    out = step(stack, *make_token(stack, torch.float32), seen((2, 2), (3, 1)), backend=backend)
     rms = (out.prefix_output.square().mean(-1, keepdim=True) + stack.eps).sqrt()
     assert torch.allclose(out.hidden, out.prefix_output / rms * stack.final_norm, rtol=1e-5, atol=1e-6)
 
@@ -313,14 +320,14 @@ def test_without_fast_layers_the_prefix_is_everything(backend: str) -> None:
 def test_a_tensor_that_moved_is_found_again() -> None:
     stack = cast(make_stack(), torch.float32)
     token = make_token(stack, torch.float32)
-    arguments = ((3, 3), (1, 1))
-    first = step(stack, *token, *arguments, backend="cpu")
+    visible = seen((3, 3), (1, 1))
+    first = step(stack, *token, visible, backend="cpu")
     old = stack.layers[0].w_o.data
     stack.layers[0].w_o.data = old * 2 + 1
     old.fill_(torch.nan)
-    second = step(stack, *token, *arguments, backend="cpu")
+    second = step(stack, *token, visible, backend="cpu")
     assert not torch.allclose(first.logits, second.logits)
-    expected = step(stack, *token, *arguments, backend="reference")
+    expected = step(stack, *token, visible, backend="reference")
     assert torch.allclose(second.logits, expected.logits, atol=1e-4)
 
 
@@ -330,7 +337,7 @@ def test_builds_no_graph_and_leaves_its_arguments_alone(backend: str) -> None:
     stack.head.requires_grad_()
     token = map_token(make_token(stack, torch.float32), Tensor.requires_grad_)
     copies = map_token(token, Tensor.clone)
-    out = step(stack, *token, (2, 2), (3, 1), backend=backend)
+    out = step(stack, *token, seen((2, 2), (3, 1)), backend=backend)
     assert not any(t.requires_grad for t in out)
     assert all(torch.equal(a, b) for a, b in zip(token, copies, strict=True))
 
@@ -348,24 +355,29 @@ def test_what_the_kernel_cannot_take() -> None:
     ):
         token = make_token(stack, stack.head.dtype)
         with pytest.raises(ValueError, match=message):
-            step(stack, *token, (2, 2), (3, 1), backend="cpu")
-        chosen = step(stack, *token, (2, 2), (3, 1))
-        assert torch.equal(chosen.logits, step(stack, *token, (2, 2), (3, 1), backend="reference").logits)
+            step(stack, *token, seen((2, 2), (3, 1)), backend="cpu")
+        chosen = step(stack, *token, seen((2, 2), (3, 1)))
+        assert torch.equal(
+            chosen.logits, step(stack, *token, seen((2, 2), (3, 1)), backend="reference").logits
+        )
 
 
 def test_arguments_that_do_not_fit() -> None:
     stack = cast(make_stack(), torch.float32)
     x, cos, sin = make_token(stack, torch.float32)
+    visible = seen((1, 1), (1, 1))
     for arguments, message in (
-        ((x[:, 1:], cos, sin, (1, 1), (1, 1)), r"x has shape \(1, 15\)"),
-        ((x.double(), cos, sin, (1, 1), (1, 1)), "x has .* dtype torch.float64"),
-        ((x, cos[:, :2], sin, (1, 1), (1, 1)), r"cos has shape \(1, 2\)"),
-        ((x, cos, sin.bfloat16(), (1, 1), (1, 1)), "sin has .* dtype torch.bfloat16"),
-        ((x, cos, sin, (1,), (1, 1)), "1 rows and 2 counts"),
-        ((x, cos, sin, (1, 9), (1, 1)), "row 9 and count 1 are given for a cache of 9 rows"),
-        ((x, cos, sin, (1, -1), (1, 1)), "row -1"),
-        ((x, cos, sin, (1, 1), (1, 3)), "count 3"),
-        ((x, cos, sin, (1, 1), (1, 0)), "count 0"),
+        ((x[:, 1:], cos, sin, visible), r"x has shape \(1, 15\)"),
+        ((x.double(), cos, sin, visible), "x has .* dtype torch.float64"),
+        ((x, cos[:, :2], sin, visible), r"cos has shape \(1, 2\)"),
+        ((x, cos, sin.bfloat16(), visible), "sin has .* dtype torch.bfloat16"),
+        ((x, cos, sin, visible[:1]), r"visible has shape \(1, 2\)"),
+        ((x, cos, sin, visible.int()), "visible has .* dtype torch.int32"),
+        ((x, cos, sin, visible.to("meta")), "visible has .* on meta"),
+        ((x, cos, sin, seen((1, 9), (1, 1))), "row 9 and count 1 are given for a cache of 9 rows"),
+        ((x, cos, sin, seen((1, -1), (1, 1))), "row -1"),
+        ((x, cos, sin, seen((1, 1), (1, 3))), "count 3"),
+        ((x, cos, sin, seen((1, 1), (1, 0))), "count 0"),
     ):
         with pytest.raises(ValueError, match=message):
             step(stack, *arguments)

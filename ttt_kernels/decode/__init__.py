@@ -1,6 +1,5 @@
 """One token of each sequence through a whole Transformer, for engines: no derivatives, caches in place."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,8 +33,7 @@ def step(
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
-    rows: Sequence[int],
-    counts: Sequence[int],
+    visible: Tensor,
     *,
     backend: str | None = None,
 ) -> Decoded:
@@ -49,24 +47,24 @@ def step(
     Args:
         x: (B, d), of the dtype of the stack's matrices.
         cos, sin: (B, D/2) float32 (float64 for float64), of the angles of each sequence's position.
-        rows: per layer, the cache row that the token's key and value are written to.
-        counts: per layer, how many keys the token sees: rows row + 1 - count to row, its own included.
+        visible: (n_layers, 2) int64, on the CPU or on x's device: of each layer the cache row that the token's
+            key and value are written to, and how many keys the token sees: rows row + 1 - count to row, its
+            own included. Numbers on a GPU are trusted, so that a captured graph can be replayed with others:
+            a row outside the cache writes into other memory.
 
     Raises:
         ValueError: an argument does not fit the stack, or the backend cannot serve the call.
     """
-    _check(stack, x, cos, sin, rows, counts)
+    _check(stack, x, cos, sin, visible)
     chosen = select("decode", backend, (x,), {"cpu": lambda tensors: _refuse_on_cpu(stack, tensors)})
-    return Decoded(*(cpu if chosen == "cpu" else reference).step(stack, x, cos, sin, rows, counts))
+    return Decoded(*(cpu if chosen == "cpu" else reference).step(stack, x, cos, sin, visible))
 
 
 def _refuse_on_cpu(stack: Stack, tensors: tuple[Tensor, ...]) -> str | None:
     return refuse_on_cpu(tensors) or cpu.refusal(stack)
 
 
-def _check(
-    stack: Stack, x: Tensor, cos: Tensor, sin: Tensor, rows: Sequence[int], counts: Sequence[int]
-) -> None:
+def _check(stack: Stack, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> None:
     n, d, half = stack.batch_size, stack.hidden_size, stack.head_dim // 2
     if x.shape != (n, d) or x.dtype != stack.head.dtype or x.device != stack.head.device:
         raise ValueError(
@@ -80,12 +78,19 @@ def _check(
                 f"decode: {name} has shape {checks.shape(t)} and dtype {t.dtype} on {t.device}; accepted is "
                 f"{(n, half)}, {wide} on {x.device}"
             )
-    if len(rows) != len(stack.layers) or len(counts) != len(stack.layers):
+    shape = (len(stack.layers), 2)
+    if (
+        visible.shape != shape
+        or visible.dtype != torch.int64
+        or visible.device.type not in ("cpu", x.device.type)
+    ):
         raise ValueError(
-            f"decode: {len(rows)} rows and {len(counts)} counts are given; accepted is one of each for the "
-            f"{len(stack.layers)} layers"
+            f"decode: visible has shape {checks.shape(visible)} and dtype {visible.dtype} on {visible.device}; "
+            f"accepted is {shape}, torch.int64 on the CPU or {x.device}"
         )
-    for capacity, row, count in zip(stack.capacities, rows, counts, strict=True):
+    if visible.device.type != "cpu":
+        return
+    for capacity, (row, count) in zip(stack.capacities, visible.tolist(), strict=True):
         if not 1 <= count <= row + 1 <= capacity:
             raise ValueError(
                 f"decode: row {row} and count {count} are given for a cache of {capacity} rows; accepted are "

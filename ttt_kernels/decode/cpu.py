@@ -1,7 +1,6 @@
 """One token through the whole stack in one call of csrc/cpu/decode.cpp."""
 
 from array import array
-from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -56,19 +55,16 @@ def refusal(stack: Stack) -> str | None:
     return (_plans.get(stack) or _plan(stack)).refusal
 
 
-def step(
-    stack: Stack, x: Tensor, cos: Tensor, sin: Tensor, rows: Sequence[int], counts: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+def step(stack: Stack, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `ttt_kernels.decode.step`."""
     plan = _plan(stack)
     if plan.refusal is not None:
         raise ValueError(f"decode: a tensor of the stack has changed: {plan.refusal}")
-    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    x, cos, sin, visible = x.contiguous(), cos.contiguous(), sin.contiguous(), visible.contiguous()
     prefix_output, hidden = torch.empty_like(x), torch.empty_like(x)
     logits = torch.empty(x.shape[0], stack.head.shape[0])
-    visible = array("q", [value for pair in zip(rows, counts, strict=True) for value in pair])
     kernels().decode_step(
-        dtype_code(x.dtype), plan.table.buffer_info()[0], visible.buffer_info()[0], len(stack.layers),
+        dtype_code(x.dtype), plan.table.buffer_info()[0], visible.data_ptr(), len(stack.layers),
         stack.n_prefix, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), stack.final_norm.data_ptr(),
         stack.head.data_ptr(), prefix_output.data_ptr(), hidden.data_ptr(), logits.data_ptr(), x.shape[0],
         stack.hidden_size, stack.n_heads, stack.intermediate_size, stack.head.shape[0], stack.eps,
