@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "common/bind.h"
 #include "common/parallel.h"
 #include "cpu/kernels.h"
 
@@ -12,7 +13,6 @@ namespace py = pybind11;
 
 namespace {
 
-using ttt::Dtype;
 using ttt::Kernels;
 
 bool runs_here(const std::string& isa) {
@@ -67,24 +67,9 @@ void choose(const std::string& name) {
     throw std::invalid_argument("instruction set '" + name + "' does not run here");
 }
 
-// Turns addresses into pointers and element type codes into Dtype; sizes and factors pass through.
-template <class To, class From>
-To convert(From value) {
-    if constexpr (std::is_pointer_v<To>)
-        return reinterpret_cast<To>(value);
-    else
-        return static_cast<To>(value);
-}
-template <class To>
-using from_python = std::conditional_t<std::is_pointer_v<To>, uintptr_t,
-                                       std::conditional_t<std::is_same_v<To, Dtype>, int, To>>;
-
 template <class... Args>
 void bind(py::module_& m, const char* name, void (*Kernels::*member)(Args...)) {
-    m.def(name, [member](from_python<Args>... args) {
-        py::gil_scoped_release release;
-        (table.*member)(convert<Args>(args)...);
-    });
+    ttt::define<void, Args...>(m, name, [member](Args... args) { (table.*member)(args...); });
 }
 
 }  // namespace

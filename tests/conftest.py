@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_here import COMPILER, OnHost, build
 from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
@@ -48,3 +49,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def built_cuda_on_host(tmp_path_factory: pytest.TempPathFactory) -> OnHost:
+    """The CUDA kernels, compiled for the processor."""
+    if COMPILER is None:
+        pytest.skip("there is no C++ compiler to compile the CUDA kernels for the processor")
+    return build(tmp_path_factory.mktemp("cuda_on_host"))
+
+
+@pytest.fixture
+def cuda_on_host(built_cuda_on_host: OnHost) -> OnHost:
+    """The same, with its threads in order."""
+    built_cuda_on_host.arrange()
+    return built_cuda_on_host

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -14,7 +14,8 @@ from ttt_kernels import extension, tuning
 NAMES = ("cuda", "triton", "cpu", "reference")
 """Every backend, the best first."""
 
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ON_GPU = ("cuda", "triton")
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ENVIRONMENT = "TTT_KERNELS_BACKEND"
 
 
@@ -42,8 +43,25 @@ def _missing(name: str) -> str | None:
             return "no GPU is available (with TRITON_INTERPRET=1 its kernels are interpreted, for debugging)"
         return None
     if name == "cuda":
-        return "no operator has CUDA kernels in this version"
+        return extension.load_cuda()[1] or _not_built_for(torch.device("cuda", torch.cuda.current_device()))
     return None
+
+
+def _not_built_for(device: torch.device) -> str | None:
+    """Why the CUDA kernels cannot run on a GPU, or None."""
+    built, capability = extension.cuda_kernels().architectures(), tuning.capability(device)
+    if any(_runs(code, capability) for code in built):
+        return None
+    return f"{device} is sm_{capability}, and the CUDA extension was built for {', '.join(built)}"
+
+
+def _runs(code: str, capability: int) -> bool:
+    """Whether code for an architecture (PTX is called compute_90) runs on a GPU of a capability (90 is sm_90)."""
+    kind, number = code.split("_")
+    own = int(number.removesuffix("a"))
+    if number.endswith("a"):
+        return capability == own
+    return capability >= own and (kind == "compute" or capability // 10 == own // 10)
 
 
 def available() -> tuple[str, ...]:
@@ -106,9 +124,20 @@ def has_tangent(tensors: Iterable[Tensor]) -> bool:
 
 
 def select(
-    operator: str, backend: str | None, tensors: tuple[Tensor, ...], refusals: dict[str, Refusal]
+    operator: str,
+    backend: str | None,
+    tensors: tuple[Tensor, ...],
+    refusals: dict[str, Refusal],
+    fastest: Callable[[Sequence[str]], str] | None = None,
 ) -> str:
     """The backend that serves a call of `operator`: the one asked for, or else the best that can.
+
+    Args:
+        operator: its name, for messages.
+        backend: the name of the one asked for, or None.
+        tensors: everything that the call reads and writes.
+        refusals: of each backend that has kernels for it.
+        fastest: which backend is, of several on the GPU that can serve; without it the first of `NAMES` does.
 
     Raises:
         ValueError: the backend asked for (by argument, `use_backend` or the environment) cannot serve the
@@ -130,6 +159,9 @@ def select(
             continue
         # Finding out why a backend is missing takes longer than a kernel: not where it has no kernel anyway.
         if (name in refusals or name == "reference") and _refusal(operator, name, tensors, refusals) is None:
+            if fastest is not None and name in _ON_GPU:
+                able = [n for n in _ON_GPU if _refusal(operator, n, tensors, refusals) is None]
+                return fastest(able) if len(able) > 1 else name
             return name
     raise AssertionError("the reference backend serves every call")
 
@@ -159,8 +191,20 @@ def refuse_on_triton(tensors: tuple[Tensor, ...]) -> str | None:
     for t in tensors:
         if t.device.type != "cuda" and not (t.device.type == "cpu" and tuning.interpreted()):
             return f"a tensor is on {t.device}, and its kernels run on a GPU"
-        if t.is_floating_point() and t.dtype not in _TRITON_DTYPES:
-            return f"a tensor has dtype {t.dtype}; accepted are {', '.join(map(str, _TRITON_DTYPES))}"
+        if t.is_floating_point() and t.dtype not in _GPU_DTYPES:
+            return f"a tensor has dtype {t.dtype}; accepted are {', '.join(map(str, _GPU_DTYPES))}"
+    return None
+
+
+def refuse_on_cuda(tensors: tuple[Tensor, ...]) -> str | None:
+    """What the CUDA kernels cannot take: tensors off the GPU, on one they were not built for, or of some dtypes."""
+    for t in tensors:
+        if t.device.type != "cuda":
+            return f"a tensor is on {t.device}, and its kernels run on a GPU"
+        if t.is_floating_point() and t.dtype not in _GPU_DTYPES:
+            return f"a tensor has dtype {t.dtype}; accepted are {', '.join(map(str, _GPU_DTYPES))}"
+        if (reason := _not_built_for(t.device)) is not None:
+            return reason
     return None
 
 
@@ -174,9 +218,12 @@ def backends() -> dict[str, dict[str, object]]:
     Returns:
         One entry per backend: `available` (bool), `reason` (why not, or None), and `operators`: for each
         operator that the backend has kernels for, the orders ("forward", "backward", "double_backward")
-        that there are; an order that is not listed raises. The cpu entry also has `instruction_set`.
+        that there are; an order that is not listed raises. The cpu entry also has `instruction_set`, and those
+        of cuda and triton have `choices`: where both have kernels, the operators for which this one was measured
+        to be the faster on the current device, each with what the choice depends on (dtypes, sizes).
     """
     from ttt_kernels import decode
+    from ttt_kernels.clipped_sgd import update
     from ttt_kernels.registry import OPERATORS
 
     table: dict[str, dict[str, object]] = {}
@@ -185,7 +232,13 @@ def backends() -> dict[str, dict[str, object]]:
         orders = {op.name: op.orders(name) for op in OPERATORS.values() if op.orders(name)}
         if name in decode.BACKENDS:
             orders["decode"] = ("forward",)
+        if name in update.RUN:
+            orders[update.NAME] = ("forward",)
         table[name] = {"available": reason is None, "reason": reason, "operators": orders}
+    for name in _ON_GPU:
+        table[name]["choices"] = tuple(
+            work for work, chosen in tuning.choices(_ON_GPU).items() if chosen == name
+        )
     if extension.cpu is not None:
         table["cpu"]["instruction_set"] = extension.cpu.instruction_set()
     return table

@@ -1,6 +1,8 @@
-"""The C++ extension, if it was built: the module, or the reason why there is none."""
+"""The C++ and the CUDA extension, if they were built: the modules, or the reason why there is none."""
 
-from importlib import resources
+from functools import cache
+from importlib import import_module, resources
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -11,6 +13,13 @@ _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.flo
 DTYPES = tuple(_DTYPE_CODES)
 """Element types that the C++ kernels take."""
 
+
+def _record(name: str) -> str:
+    """Why an extension was not built, as it was recorded then; empty where nothing was."""
+    file = resources.files("ttt_kernels").joinpath(f"{name}_build_failure.txt")
+    return file.read_text().strip() if file.is_file() else ""
+
+
 cpu: ModuleType | None
 missing: str
 try:
@@ -20,8 +29,34 @@ try:
     missing = ""
 except ImportError as error:
     cpu = None
-    record = resources.files("ttt_kernels").joinpath("_cpu_build_failure.txt")
-    missing = record.read_text().strip() if record.is_file() else f"the C++ extension does not load: {error}"
+    missing = _record("_cpu") or f"the C++ extension does not load: {error}"
+
+
+@cache
+def load_cuda() -> tuple[ModuleType | None, str]:
+    """The CUDA extension, which is imported where there is a driver, or why there is none."""
+    if find_spec("ttt_kernels._cuda") is None:
+        return None, _record("_cuda") or "the CUDA extension was not built"
+    if not torch.backends.cuda.is_built():
+        return None, "this torch was built without CUDA"
+    if not torch.cuda.is_available():
+        return None, "no GPU, or no driver of one, is available"
+    try:
+        return import_module("ttt_kernels._cuda"), ""
+    except ImportError as error:
+        return None, f"the CUDA extension does not load: {error}"
+
+
+def cuda_kernels() -> ModuleType:
+    """The CUDA extension; callers have asked `backends` first, so that it is there."""
+    module, reason = load_cuda()
+    assert module is not None, reason
+    return module
+
+
+def stream(device: torch.device) -> int:
+    """Address of the stream that kernels on a device are launched on."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def kernels() -> ModuleType:

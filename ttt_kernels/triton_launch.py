@@ -15,11 +15,6 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def amount(count: int) -> str:
-    """Roughly how much there is of something, so that what is fastest for little work is not taken for much."""
-    return f"8^{min((max(count, 1) - 1).bit_length() // 3, 5)}"
-
-
 def launch(
     name: str,
     kernel: Any,
@@ -46,6 +41,6 @@ def launch(
         kernel[(programs(sizes),)](**arguments, **sizes, **config.options())
 
     missing = [label for label, value in arguments.items() if value is None]
-    work = amount(programs(dict(configs[0].sizes)))
+    work = tuning.amount(programs(dict(configs[0].sizes)))
     with on(device):
         tuning.run(name, (*key, work, *missing), configs, run)

@@ -1,9 +1,10 @@
-"""Configurations of Triton kernels: which there are, and which is fastest on this device.
+"""What is fastest on this device: of a Triton kernel's configurations, and of the backends that have an operator.
 
-A kernel is timed once for each key (dtype, head dimension and the like; of lengths only the order of magnitude of all
-work) and the answer is kept in a file for each kind of device, under TTT_KERNELS_CACHE or ~/.cache/ttt_kernels. With
-deterministic algorithms (`torch.use_deterministic_algorithms`) and in interpreter mode the first configuration is
-taken; in a CUDA graph's capture nothing is timed.
+Each is timed once for each key (dtype, head dimension and the like; of lengths only the order of magnitude of all work)
+and the answer is kept in a file for each kind of device, under TTT_KERNELS_CACHE or ~/.cache/ttt_kernels. With
+deterministic algorithms (`torch.use_deterministic_algorithms`) and in interpreter mode the first is taken: of backends
+the one that comes first in `backends.NAMES`. In a CUDA graph's capture nothing is timed; what was not timed before is
+the first there too.
 """
 
 import json
@@ -13,13 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 _ENVIRONMENT = "TTT_KERNELS_CACHE"
 _chosen: dict[str, dict[str, int]] = {}
-"""Device -> key of a choice -> index of the configuration."""
+"""Device -> name of a choice -> index of what was chosen."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,56 @@ def run(kernel: str, key: Sequence[object], configs: Sequence[Config], launch: L
         configs: what to choose from, the safest first; it is taken wherever nothing can be timed.
         launch: runs the kernel; it may run many times, and writes the same results each time.
     """
-    if len(configs) == 1 or not _may_choose():
-        return launch(configs[0])
+    launch(best(kernel, key, configs, launch))
+
+
+Option = TypeVar("Option", Config, str)
+
+
+def best(
+    name: str, key: Sequence[object], options: Sequence[Option], trial: Callable[[Option], Any]
+) -> Option:
+    """The fastest of some options, configurations or backends, on the current device.
+
+    Args:
+        name: what they are options for.
+        key: everything that the best depends on.
+        options: what to choose from; the first is taken wherever nothing can be timed.
+        trial: does the work with one of them; called many times for each where they are timed.
+    """
+    if len(options) == 1 or not _may_choose():
+        return options[0]
     device = _device()
     if device not in _chosen:
         _chosen[device] = _read(device)
-    choices, name = _chosen[device], _name(kernel, tuple(key), tuple(configs))
-    index = choices.get(name)
-    if index is None or index >= len(configs):
+    choices, label = _chosen[device], _name(name, tuple(key), tuple(options))
+    index = choices.get(label)
+    if index is None or index >= len(options):
         if _capturing():
-            return launch(configs[0])
-        times = [_time(launch, config) for config in configs]
+            return options[0]
+        times = [_time(trial, option) for option in options]
         if min(times) == float("inf"):
-            return launch(configs[0])
-        choices[name] = index = times.index(min(times))
+            return options[0]
+        choices[label] = index = times.index(min(times))
         _write(device, choices)
-    return launch(configs[index])
+    return options[index]
+
+
+def choices(among: Sequence[str]) -> dict[str, str]:
+    """What has been chosen among these names on the current device: for what, with its key -> the name."""
+    if not _may_choose():
+        return {}
+    device, found = _device(), {}
+    for label, index in _chosen.get(device, _read(device)).items():
+        work, *options = label.replace("]", "").split(" [")
+        if index < len(options) and set(options) <= set(among):
+            found[work] = options[index]
+    return found
+
+
+def amount(count: int) -> str:
+    """Roughly how much there is of something, so that what is fastest for little work is not taken for much."""
+    return f"8^{min((max(count, 1) - 1).bit_length() // 3, 5)}"
 
 
 def _may_choose() -> bool:
@@ -91,8 +126,8 @@ def _capturing() -> bool:
 
 
 @cache
-def _name(kernel: str, key: tuple[object, ...], configs: tuple[Config, ...]) -> str:
-    return " ".join([kernel, *map(str, key), *(f"[{c}]" for c in configs)])
+def _name(name: str, key: tuple[object, ...], options: tuple[Config | str, ...]) -> str:
+    return " ".join([name, *map(str, key), *(f"[{option}]" for option in options)])
 
 
 def interpreted() -> bool:
@@ -109,13 +144,13 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _time(launch: Launch, config: Config) -> float:
-    """Milliseconds of a launch, or infinity where the device lacks the memory or registers to time it."""
+def _time(trial: Callable[[Option], Any], option: Option) -> float:
+    """Milliseconds of a trial, or infinity where the device lacks the memory or registers for it."""
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
     try:
-        return do_bench(lambda: launch(config), warmup=5, rep=20, return_mode="median")
+        return do_bench(lambda: trial(option), warmup=5, rep=20, return_mode="median")
     except (OutOfResources, torch.cuda.OutOfMemoryError):
         return float("inf")
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from ttt_kernels import tuning
 from ttt_kernels.swiglu import products
 from ttt_kernels.swiglu.triton_configs import SEPARATE, of_pass, of_products
-from ttt_kernels.triton_launch import amount, launch, on
-from ttt_kernels.tuning import Config
+from ttt_kernels.triton_launch import launch, on
+from ttt_kernels.tuning import Config, amount
 
 _Optional = Tensor | None
 _Located = tuple[Tensor, int, int]

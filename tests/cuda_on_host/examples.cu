@@ -1,0 +1,94 @@
+// Kernels that a missing barrier makes wrong, to show that the emulation finds it, and the barrier of the
+// grid.
+#include "cuda/grid.h"
+#include "cuda/launch.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT void set_order(unsigned order) {
+    cuda_on_host::order = order;
+}
+EXPORT void set_processors(int processors) {
+    cuda_on_host::processors = processors;
+}
+
+namespace {
+
+using namespace ttt::cuda;
+
+thread_local std::string error;
+
+// 0, or 1 where `f` throws, with what it says in `error`.
+template <class F>
+int caught(F f) {
+    try {
+        f();
+        return 0;
+    } catch (const std::exception& e) {
+        error = e.what();
+        return 1;
+    }
+}
+
+constexpr int kThreads = 96;
+
+// Every block reverses its values by way of shared memory.
+__global__ void reverse(const float* in, float* out, bool with_barrier) {
+    float* values = reinterpret_cast<float*>(dynamic_shared());
+    const unsigned thread = threadIdx.x, first = blockIdx.x * blockDim.x;
+    values[thread] = in[first + thread];
+    if (with_barrier) __syncthreads();
+    out[first + thread] = values[blockDim.x - 1 - thread];
+}
+
+__global__ void sums(const double* in, double* out) {
+    double* scratch = reinterpret_cast<double*>(dynamic_shared());
+    const double sum = block_reduce<kThreads>(in[blockIdx.x * kThreads + threadIdx.x], scratch, 0.0, Sum{});
+    const double most =
+        block_reduce<kThreads>(in[blockIdx.x * kThreads + threadIdx.x], scratch, -1e300, Max{});
+    out[blockIdx.x * kThreads + threadIdx.x] = sum * most;
+}
+
+// Each round, every block adds its neighbour's value of the round before to its own.
+__global__ void rounds(const float* in, float* buffers, unsigned* counter, int count, bool with_barrier) {
+    const unsigned block = blockIdx.x, blocks = gridDim.x, next = (block + 1) % blocks;
+    for (int round = 0; round < count; ++round) {
+        const float* from = round ? buffers + static_cast<unsigned>(round % 2) * blocks : in;
+        float* to = buffers + static_cast<unsigned>((round + 1) % 2) * blocks;
+        if (threadIdx.x == 0) to[block] = from[block] + from[next];
+        if (with_barrier) grid_barrier(counter);
+    }
+}
+
+__global__ void faulty(int what, float* memory) {
+    if (what == 0) memory[threadIdx.x] = __shfl_sync(threadIdx.x == 5 ? 0x10u : 0xffffffffu, 1.0f, 0);
+    if (what == 1 && threadIdx.x % 2) __syncwarp();
+    if (what == 2) dynamic_shared()[16] = 0;
+    if (what == 3) memory[0] = __ldg(reinterpret_cast<const float4*>(memory + 1)).x;
+    if (what == 4) grid_barrier(reinterpret_cast<unsigned*>(memory));
+}
+
+}  // namespace
+
+EXPORT const char* last_error() {
+    return error.c_str();
+}
+
+EXPORT int run_reverse(const float* in, float* out, unsigned blocks, int with_barrier) {
+    const Extent extent{blocks, kThreads, kThreads * sizeof(float)};
+    return caught([&] { launch("reverse", reverse, extent, nullptr, in, out, with_barrier != 0); });
+}
+EXPORT int run_sums(const double* in, double* out, unsigned blocks) {
+    const Extent extent{blocks, kThreads, kThreads / kWarp * sizeof(double)};
+    return caught([&] { launch("sums", sums, extent, nullptr, in, out); });
+}
+EXPORT int run_rounds(const float* in, float* buffers, unsigned* counter, unsigned blocks, int count,
+                      int with_barrier) {
+    const Extent extent{blocks, kWarp, 0, true};
+    return caught(
+        [&] { launch("rounds", rounds, extent, nullptr, in, buffers, counter, count, with_barrier != 0); });
+}
+EXPORT int run_faulty(int what, float* memory, unsigned threads, unsigned long shared) {
+    const Extent extent{2, threads, shared};
+    return caught([&] { launch("faulty", faulty, extent, nullptr, what, memory); });
+}

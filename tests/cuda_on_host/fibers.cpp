@@ -1,0 +1,310 @@
+#include "fibers.h"
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+cuda_on_host::Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_on_host {
+
+unsigned order = 0;
+int processors = 3;
+
+namespace {
+
+constexpr size_t kStack = 256 * 1024;
+constexpr size_t kCanary = 64;  // bytes behind the shared memory of a block, which no thread may write
+constexpr unsigned char kPoison = 0xff;
+// A thread that only looks while nobody else does anything will do so for ever.
+constexpr int kPatience = 10000;
+
+struct Block;
+
+struct Fiber {
+    Block* block;
+    unsigned linear;
+    Index index;
+    unsigned char* stack;
+    jmp_buf place;
+    bool started = false, ended = false, ready = true;
+    Exchange* exchange = nullptr;
+};
+
+// Lanes of a warp that have come to an exchange, by the mask they gave.
+struct Warp {
+    std::map<unsigned, unsigned> arrived;
+};
+
+struct Barrier {
+    std::vector<Fiber*> waiting;
+    unsigned threads = 0;
+};
+
+struct Block {
+    Index index;
+    std::vector<unsigned char> shared;
+    std::vector<Fiber> fibers;
+    std::vector<Warp> warps;
+    Barrier barriers[16];
+    unsigned alive = 0;
+};
+
+unsigned volume(const Index& size) {
+    return size.x * size.y * size.z;
+}
+Index at(unsigned linear, const Index& size) {
+    return {linear % size.x, linear / size.x % size.y, linear / size.x / size.y};
+}
+
+// Stacks are kept between launches; a page between two of them ends the program where one overflows.
+unsigned char* stack(size_t i) {
+    static std::vector<unsigned char*> all;
+    static const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    while (all.size() <= i) {
+        void* memory = mmap(nullptr, kStack + page, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (memory == MAP_FAILED) throw std::runtime_error("no memory for the stack of another thread");
+        mprotect(memory, page, PROT_NONE);
+        all.push_back(static_cast<unsigned char*>(memory) + page);
+    }
+    return all[i];
+}
+
+class Scheduler {
+  public:
+    Scheduler(const Launch& launch, const std::function<void()>& body)
+        : launch_(launch), body_(body), random_(order) {}
+
+    void run() {
+        const unsigned blocks = volume(launch_.grid);
+        std::vector<unsigned> sequence(blocks);
+        for (unsigned i = 0; i < blocks; ++i) sequence[i] = i;
+        arrange(sequence);
+        const unsigned at_once = std::max(1u, std::min(blocks, launch_.blocks_at_once));
+        for (unsigned i = 0; i < blocks; i += at_once) {
+            for (unsigned k = i; k < std::min(blocks, i + at_once); ++k) create(sequence[k]);
+            run_blocks();
+            blocks_.clear();
+        }
+    }
+
+    void wait_for_block(int number, unsigned threads) {
+        if (number < 0 || number > 15) fail("a block has barriers 0 to 15");
+        Barrier& barrier = current_->block->barriers[number];
+        if (!barrier.waiting.empty() && barrier.threads != threads)
+            fail("threads come to a barrier with different numbers of threads");
+        barrier.threads = threads;
+        barrier.waiting.push_back(current_);
+        current_->ready = false;
+        release(*current_->block, barrier);
+        if (!current_->ready) switch_out();
+    }
+
+    void exchange(unsigned mask, Exchange& own) {
+        const unsigned own_bit = 1u << current_->linear % 32;
+        if (!(mask & own_bit)) fail("a lane calls for lanes without itself");
+        Block& block = *current_->block;
+        const unsigned first = current_->linear / 32 * 32;
+        for (unsigned lane = 0; lane < 32; ++lane)
+            if (mask >> lane & 1 && (first + lane >= block.fibers.size() || block.fibers[first + lane].ended))
+                fail("a lane waits for one that does not exist or has ended");
+        if (!(mask >> own.source & 1)) fail("a lane takes the value of one that gives none");
+        current_->exchange = &own;
+        Warp& warp = block.warps[first / 32];
+        unsigned& arrived = warp.arrived[mask];
+        arrived |= own_bit;
+        if (arrived != mask) {
+            current_->ready = false;
+            switch_out();
+            return;
+        }
+        warp.arrived.erase(mask);
+        unsigned votes = 0;
+        const auto lane_of = [&](unsigned lane) -> Fiber& { return block.fibers[first + lane]; };
+        for (unsigned lane = 0; lane < 32; ++lane)
+            if (mask >> lane & 1 && lane_of(lane).exchange->value) votes |= 1u << lane;
+        for (unsigned lane = 0; lane < 32; ++lane) {
+            if (!(mask >> lane & 1)) continue;
+            Exchange& taker = *lane_of(lane).exchange;
+            taker.received = lane_of(taker.source).exchange->value;
+            taker.votes = votes;
+            lane_of(lane).ready = true;
+        }
+        happened_ = true;
+    }
+
+    void yield() { switch_out(); }
+
+    Fiber* current() const { return current_; }
+
+  private:
+    template <class T>
+    void arrange(std::vector<T>& items) {
+        if (order == 1) std::reverse(items.begin(), items.end());
+        if (order > 1) std::shuffle(items.begin(), items.end(), random_);
+    }
+
+    void create(unsigned linear) {
+        const unsigned threads = volume(launch_.block);
+        blocks_.push_back(std::make_unique<Block>());
+        Block& block = *blocks_.back();
+        block.index = at(linear, launch_.grid);
+        // As its address on the device, a multiple of 128 bytes.
+        block.shared.assign(launch_.shared + kCanary + 128, kPoison);
+        block.fibers.resize(threads);
+        block.warps.resize((threads + 31) / 32);
+        block.alive = threads;
+        for (unsigned i = 0; i < threads; ++i) {
+            Fiber& fiber = block.fibers[i];
+            fiber.block = &block;
+            fiber.linear = i;
+            fiber.index = at(i, launch_.block);
+            fiber.stack = stack((blocks_.size() - 1) * threads + i);
+        }
+    }
+
+    void run_blocks() {
+        int idle = 0;
+        for (;;) {
+            std::vector<Fiber*> ready;
+            unsigned alive = 0;
+            for (const auto& block : blocks_) {
+                alive += block->alive;
+                for (Fiber& fiber : block->fibers)
+                    if (fiber.ready && !fiber.ended) ready.push_back(&fiber);
+            }
+            if (!alive) break;
+            if (ready.empty()) fail("all threads wait for others");
+            arrange(ready);
+            if (order > 1) ready.resize(ready.size() - random_() % ready.size());
+            happened_ = false;
+            for (Fiber* fiber : ready) {
+                resume(*fiber);
+                if (failure_) std::rethrow_exception(failure_);
+            }
+            idle = happened_ ? 0 : idle + 1;
+            if (idle > kPatience) fail("threads look for what no other thread will write");
+        }
+        for (const auto& block : blocks_)
+            for (size_t i = 0; i < kCanary; ++i)
+                if (memory(*block)[launch_.shared + i] != kPoison)
+                    fail("a thread has written beyond the block's dynamic shared memory");
+    }
+
+    // Lets the threads at a barrier go on when as many have come as it is for.
+    void release(Block& block, Barrier& barrier) {
+        const unsigned wanted = barrier.threads ? barrier.threads : block.alive;
+        if (barrier.waiting.empty() || barrier.waiting.size() < wanted) return;
+        for (Fiber* fiber : barrier.waiting) fiber->ready = true;
+        barrier.waiting.clear();
+        happened_ = true;
+    }
+
+    void resume(Fiber& fiber) {
+        current_ = &fiber;
+        threadIdx = fiber.index;
+        blockIdx = fiber.block->index;
+        if (_setjmp(home_)) return;
+        if (fiber.started) _longjmp(fiber.place, 1);
+        fiber.started = true;
+        ucontext_t context;
+        getcontext(&context);
+        context.uc_stack.ss_sp = fiber.stack;
+        context.uc_stack.ss_size = kStack;
+        context.uc_link = nullptr;
+        makecontext(&context, &Scheduler::enter, 0);
+        setcontext(&context);
+    }
+
+    void switch_out() {
+        if (!_setjmp(current_->place)) _longjmp(home_, 1);
+    }
+
+    static void enter();
+
+    void thread() {
+        try {
+            body_();
+        } catch (...) {
+            failure_ = std::current_exception();
+        }
+        current_->ended = true;
+        happened_ = true;
+        --current_->block->alive;
+        for (Barrier& barrier : current_->block->barriers)
+            if (!barrier.threads) release(*current_->block, barrier);
+        _longjmp(home_, 1);
+    }
+
+  public:
+    static unsigned char* memory(Block& block) {
+        const auto address = reinterpret_cast<uintptr_t>(block.shared.data());
+        return block.shared.data() + (128 - address % 128) % 128;
+    }
+    [[noreturn]] void fail(const char* message) const {
+        throw std::runtime_error(std::string("a CUDA kernel on the host: ") + message);
+    }
+
+  private:
+    const Launch launch_;
+    const std::function<void()>& body_;
+    std::mt19937 random_;
+    std::vector<std::unique_ptr<Block>> blocks_;
+    Fiber* current_ = nullptr;
+    jmp_buf home_;
+    bool happened_ = false;
+    std::exception_ptr failure_;
+};
+
+Scheduler* scheduler = nullptr;
+std::mutex one_launch_at_a_time;
+
+void Scheduler::enter() {
+    scheduler->thread();
+}
+
+}  // namespace
+
+void run(const Launch& launch, const std::function<void()>& body) {
+    const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
+    Scheduler own(launch, body);
+    scheduler = &own;
+    blockDim = launch.block;
+    gridDim = launch.grid;
+    own.run();
+}
+
+unsigned char* dynamic_shared() {
+    return Scheduler::memory(*scheduler->current()->block);
+}
+void wait_for_block(int barrier, unsigned threads) {
+    scheduler->wait_for_block(barrier, threads);
+}
+unsigned lane() {
+    return scheduler->current()->linear % 32;
+}
+void exchange(unsigned mask, Exchange& own) {
+    scheduler->exchange(mask, own);
+}
+void yield() {
+    scheduler->yield();
+}
+void fail(const char* message) {
+    scheduler->fail(message);
+}
+
+}  // namespace cuda_on_host

@@ -1,0 +1,51 @@
+// The execution model of CUDA on one thread of the host: every thread of a block is a fiber, which runs until
+// it has to wait for others. In which order fibers run is chosen by the test, because no kernel may depend on
+// it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace cuda_on_host {
+
+struct Index {
+    unsigned x, y, z;
+};
+
+// A launch, and what it may use.
+struct Launch {
+    Index grid, block;
+    size_t shared;
+    unsigned blocks_at_once;  // alive together; a cooperative launch has all of them
+};
+
+// Runs `body` once for every thread of a launch.
+void run(const Launch& launch, const std::function<void()>& body);
+
+// For running threads.
+unsigned char* dynamic_shared();
+void wait_for_block(int barrier, unsigned threads);  // 0 threads: all that have not ended
+unsigned lane();
+// What a lane gives to its warp and takes from it, when all lanes of `mask` have come.
+struct Exchange {
+    uint64_t value;
+    unsigned source;    // the lane whose value it takes
+    uint64_t received;  // that value
+    unsigned votes;     // a bit of every lane whose `value` is not zero
+};
+void exchange(unsigned mask, Exchange& own);
+void yield();
+[[noreturn]] void fail(const char* message);
+
+// How the fibers that can run are ordered: 0 upwards, 1 downwards, others are seeds of random orders in which
+// some fall behind.
+extern unsigned order;
+// What the device is said to have.
+extern int processors;
+
+}  // namespace cuda_on_host
+
+// The built-in variables of a kernel.
+extern cuda_on_host::Index threadIdx, blockIdx, blockDim, gridDim;
+constexpr int warpSize = 32;
