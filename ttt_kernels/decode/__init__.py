@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from ttt_kernels import checks
-from ttt_kernels.backends import refuse_on_cpu, select
-from ttt_kernels.decode import cpu, reference
+from ttt_kernels.backends import Refusal, refuse_on_cpu, refuse_on_cuda, select
+from ttt_kernels.decode import cpu, cuda, reference
 from ttt_kernels.decode.layers import LayerWeights, Stack
 
 __all__ = ["Decoded", "LayerWeights", "Stack", "step"]
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cuda", "cpu", "reference")
 """Those that have kernels for `step`."""
 
 
@@ -56,12 +56,15 @@ def step(
         ValueError: an argument does not fit the stack, or the backend cannot serve the call.
     """
     _check(stack, x, cos, sin, visible)
-    chosen = select("decode", backend, (x,), {"cpu": lambda tensors: _refuse_on_cpu(stack, tensors)})
-    return Decoded(*(cpu if chosen == "cpu" else reference).step(stack, x, cos, sin, visible))
+    refusals: dict[str, Refusal] = {
+        "cuda": lambda tensors: refuse_on_cuda(tensors) or cuda.refusal(stack),
+        "cpu": lambda tensors: refuse_on_cpu(tensors) or cpu.refusal(stack),
+    }
+    chosen = select("decode", backend, (x,), refusals)
+    return Decoded(*_STEPS[chosen](stack, x, cos, sin, visible))
 
 
-def _refuse_on_cpu(stack: Stack, tensors: tuple[Tensor, ...]) -> str | None:
-    return refuse_on_cpu(tensors) or cpu.refusal(stack)
+_STEPS = {"cuda": cuda.step, "cpu": cpu.step, "reference": reference.step}
 
 
 def _check(stack: Stack, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> None:
