@@ -6,7 +6,7 @@ architecture of GPU that nvcc knows of those named below, and as PTX for later o
 no header of torch and link neither torch, an OpenMP runtime nor a CUDA library. Where one cannot be built
 the installation goes on without it and the reason is kept for `ttt_kernels.backends()`.
 
-nvcc is looked for in CUDA_HOME, in /usr/local/cuda and on the PATH. No GPU is needed.
+nvcc is that of CUDA_HOME where that is set, else that of /usr/local/cuda, else the PATH's. No GPU is needed.
 
 Environment: TTT_KERNELS_CXXFLAGS, flags for the compiler and the linker after all others;
 TTT_KERNELS_INSTRUCTION_SETS, names of the sets to build beside the portable one (all where it is not set);
@@ -74,13 +74,14 @@ def find_nvcc() -> Path:
     Raises:
         RuntimeError: there is none.
     """
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    for home in filter(None, homes):
-        if (nvcc := Path(home) / "bin" / "nvcc").is_file():
-            return nvcc
-    if found := shutil.which("nvcc"):
-        return Path(found).resolve()
-    raise RuntimeError("there is no nvcc in CUDA_HOME, in /usr/local/cuda or on the PATH")
+    if home := os.environ.get("CUDA_HOME"):
+        found, places = shutil.which("nvcc", path=f"{home}/bin"), f"{home} (CUDA_HOME)"
+    else:
+        found = shutil.which("nvcc", path="/usr/local/cuda/bin") or shutil.which("nvcc")
+        places = "/usr/local/cuda or on the PATH"
+    if not found:
+        raise RuntimeError(f"there is no nvcc in {places}")
+    return Path(found).resolve()
 
 
 def asked_architectures() -> list[str] | None:
@@ -202,7 +203,7 @@ class BuildExtension(build_ext):
         kernels = sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))
         sets = instruction_sets()
         built = [(f"TTT_BUILT_{name.upper()}", "1") for name in sets]
-        # What is not a kernel takes the longest and starts first. The plainest set comes before the others:
+        # What is not a kernel takes the longest and comes first. The plainest set comes before the others:
         # of a template of the standard library that several sets instantiate, the linker keeps the first
         # copy, which must run on every processor.
         jobs = [(source, "common", built, ["-O2"]) for source in ext.sources]
@@ -244,9 +245,10 @@ class BuildExtension(build_ext):
 
 if __name__ == "__main__":
     setup(
+        # What takes the longest starts first.
         ext_modules=[
-            Extension("ttt_kernels._cpu", sources=["csrc/bindings.cpp", "csrc/common/parallel.cpp"]),
             Extension("ttt_kernels._cuda", sources=["csrc/cuda/bindings.cpp"]),
+            Extension("ttt_kernels._cpu", sources=["csrc/bindings.cpp", "csrc/common/parallel.cpp"]),
         ],
         cmdclass={"build_ext": BuildExtension},
     )

@@ -42,6 +42,12 @@ R_KERNELS, R_ANGLES, R_LAUNCH = (f"ttt_kernels/rope/triton{name}.py" for name in
 C_KERNELS, C_SUMS, C_TUPLES, C_CALL = (
     f"ttt_kernels/clipped_sgd/triton_{name}.py" for name in ("kernels", "sums", "tuples", "call")
 )
+GRID, CUDA_SGD = "csrc/cuda/grid.h", "csrc/cuda/clipped_sgd.cu"
+BLOCK_SUMS, GRID_BARRIER, FASTER = (
+    "test_sums_of_a_block",
+    "test_barrier_of_the_grid",
+    "test_the_faster_backend",
+)
 SETS, BUDGETS = "test_every_instruction_set", "within_budget"
 BUDGET, ANGLES, THRESHOLD = "test_within_budget", "test_angles_far_out", "test_at_the_threshold"
 
@@ -69,16 +75,21 @@ class Mutation(NamedTuple):
     def module(self) -> str:
         """The file of the test: that of the meta-gradient for the engine, of all operators for what is not one's own.
 
-        Else its operator's, whose folder the file is in or whose name its name begins with.
+        Else its operator's, whose folder the file is in or whose name its name begins with, for its kind of kernels.
         """
         *folders, name = Path(self.file).parts
         if folders == ["engine"]:
             return "tests/test_meta_gradient.py"
         if folders == ["ttt_kernels"] or self.test in (TWIN, SLOPE, ATTENTION_TWIN):
             return "tests/test_every_operator.py"
+        if self.file == GRID:
+            return "tests/test_cuda_on_host.py"
+        if self.test == FASTER:
+            return "tests/test_backend_choice.py"
         of_folder = folders[0] == "ttt_kernels"
         operator = folders[1] if of_folder else next(o for o in OPERATORS if name.startswith(o))
-        return f"tests/test_{operator}{'_triton' if 'triton' in self.file else ''}.py"
+        kind = next((f"_{kind}" for kind in ("triton", "cuda") if kind in self.file), "")
+        return f"tests/test_{operator}{kind}.py"
 
 
 MUTATIONS = (
@@ -324,12 +335,45 @@ MUTATIONS = (
              "(count - start) // BLOCK", BUDGET),
     Mutation("Triton: SGD, all chunks of the first tensor", C_TUPLES, "chunk - begin, first)", "chunk, first)",
              BUDGET),
+    Mutation("SGD: a norm that is NaN does not clip", "csrc/common/clipped_sgd.h", "!(norm < max_norm)",
+             "norm >= max_norm", "test_bad_gradients_show"),
+    Mutation("CUDA: sums of warps are read early", GRID, "scratch[warp] = value;\n    __syncthreads();",
+             "scratch[warp] = value;", BLOCK_SUMS),
+    Mutation("CUDA: sums of warps are written early", GRID, "    __syncthreads();\n    return value;",
+             "    return value;", BLOCK_SUMS),
+    Mutation("CUDA: a block does not wait for itself at the grid's barrier", GRID,
+             "    __syncthreads();\n    if (threadIdx.x == 0 &&", "    if (threadIdx.x == 0 &&", GRID_BARRIER),
+    Mutation("CUDA: a block leaves the grid's barrier early", GRID, "between_looks();\n    }\n    __syncthreads();",
+             "between_looks();\n    }", GRID_BARRIER),
+    Mutation("CUDA: the grid's barrier is one block short", GRID, "kTop - (blocks - 1)", "kTop - (blocks - 2)",
+             GRID_BARRIER),
+    Mutation("CUDA: SGD, squares in float32", CUDA_SGD, "sum = add_product(sum, value, value);",
+             "sum += static_cast<float>(value) * static_cast<float>(value);", "test_squares_that"),
+    Mutation("CUDA: SGD, parts of the first tensor", CUDA_SGD, "(part - tensor.first_part) * length", "part * length",
+             BUDGET),
+    Mutation("CUDA: SGD, what lies behind a tensor counts", CUDA_SGD,
+             "row.count < begin + length ? row.count : begin + length", "begin + length", BUDGET),
+    Mutation("CUDA: SGD, vectors wherever they are", CUDA_SGD, "const bool vectors = aligned<L>(g);",
+             "const bool vectors = true;", BUDGET),
+    Mutation("CUDA: SGD, vectors beyond the end", CUDA_SGD, "n == kPiece && aligned<L>(g)", "aligned<L>(g)", BUDGET),
+    Mutation("CUDA: SGD, the last piece is lost", CUDA_SGD, "divide_up(rows[i].count, kPiece)",
+             "rows[i].count / kPiece", BUDGET),
+    Mutation("CUDA: SGD, sequences that rest move", CUDA_SGD, "if (!moves) continue;", "", BUDGET),
+    Mutation("CUDA: SGD, every sequence has the first one's norm", CUDA_SGD,
+             "square += scratch[sequence * tuple.all_parts + part];", "square += scratch[part];", BUDGET),
+    Mutation("CUDA: SGD, later launches overwrite the first one's parts", CUDA_SGD,
+             "if (i < begin) tuple.before_parts += parts;", "", "test_many_tensors"),
+    Mutation("CUDA: SGD, lr in memory is not read", CUDA_SGD, "if (!rate.at) return rate.value;",
+             "return rate.value;", "test_lr_where"),
+    Mutation("the user's weights are tried on", "ttt_kernels/clipped_sgd/update.py", "[w.clone() for w in weights]",
+             "weights", FASTER),
 )  # fmt: skip
 
 
 def build(copy: Path) -> None:
     """Builds the extension in place, for as little as the tests need."""
     flags = {**os.environ, "TTT_KERNELS_CXXFLAGS": "-O1", "TTT_KERNELS_INSTRUCTION_SETS": "avx2"}
+    flags["TTT_KERNELS_CUDA_ARCHITECTURES"] = ""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     subprocess.run(command, cwd=copy, env=flags, check=True, capture_output=True)
     loads = "from ttt_kernels import extension; assert extension.cpu is not None, extension.missing"
@@ -362,7 +406,8 @@ def main(asked: list[str]) -> int:
             if whole.count(mutation.old) != 1:
                 raise SystemExit(f"{mutation.file} does not hold {mutation.old!r} once")
             file.write_text(whole.replace(mutation.old, mutation.new))
-            if mutation.file.startswith("csrc"):
+            # The tests of CUDA kernels compile them.
+            if mutation.file.startswith("csrc") and "cuda" not in mutation.file:
                 build(copy)
             caught = fails(copy, mutation.module(), mutation.test)
             file.write_text(whole)

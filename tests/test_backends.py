@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import ttt_kernels
 from ttt_kernels import backends, clipped_sgd, rms_norm, rope, use_backend
-from ttt_kernels.backends import NAMES, available, refuse_on_cpu
+from ttt_kernels.backends import NAMES, available, refuse_on_cpu, refuse_on_cuda
 from ttt_kernels.registry import OPERATORS, ORDERS
 
 needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
@@ -186,6 +187,9 @@ def test_backends_table() -> None:
     for name, entry in table.items():
         assert entry["available"] == (name in available())
         assert (entry["reason"] is None) == entry["available"]
+        assert table[name]["operators"]["clipped_sgd.update_"] == ("forward",)
+        assert ("choices" in entry) == (name in ("cuda", "triton"))
+    assert table["cuda"]["operators"] == {"clipped_sgd.update_": ("forward",)}
     for name in OPERATORS:
         assert table["reference"]["operators"][name] == ORDERS[: 2 if name in ONCE else 3]
     for name in BACKENDS:
@@ -274,6 +278,44 @@ def test_what_cannot_run_says_why_and_what_can(name: str) -> None:
         rms_norm(torch.ones(2, 4), torch.ones(4), backend=name)
     with pytest.raises(ValueError, match=f"use_backend\\('{name}'\\): .*; available here: .*reference"):
         use_backend(name).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        (("sm_80", "sm_90a", "sm_100", "compute_100"), 80, True),
+        (("sm_80", "sm_90a", "sm_100", "compute_100"), 89, True),
+        (("sm_80", "sm_90a", "sm_100", "compute_100"), 90, True),
+        (("sm_80", "sm_90a", "sm_100", "compute_100"), 103, True),
+        (("sm_80", "sm_90a", "sm_100", "compute_100"), 120, True),
+        (("sm_80", "sm_90a", "sm_100", "compute_100"), 75, False),
+        (("sm_90a", "compute_90"), 80, False),
+        (("sm_80", "sm_90a"), 100, False),
+        (("sm_86",), 80, False),
+    ],
+)
+def test_a_gpu_that_cuda_kernels_were_not_built_for(
+    built: tuple[str, ...], capability: int, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ttt_kernels import extension, tuning
+
+    kernels = SimpleNamespace(architectures=lambda: list(built))
+    monkeypatch.setattr(extension, "load_cuda", lambda: (kernels, ""))
+    monkeypatch.setattr(tuning, "capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    entry = backends()["cuda"]
+    assert entry["available"] == runs
+    expected = f"cuda:0 is sm_{capability}, and the CUDA extension was built for {', '.join(built)}"
+    assert entry["reason"] == (None if runs else expected)
+
+
+def test_what_cuda_kernels_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refuse_on_cuda((torch.ones(2),)) == "a tensor is on cpu, and its kernels run on a GPU"
+    double = SimpleNamespace(
+        device=torch.device("cuda:0"), dtype=torch.float64, is_floating_point=lambda: True
+    )
+    accepted = "torch.float32, torch.bfloat16, torch.float16"
+    assert refuse_on_cuda((double,)) == f"a tensor has dtype torch.float64; accepted are {accepted}"
 
 
 @needs_cpu

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ttt_kernels import aot, aot_cuda
 from ttt_kernels import compile as command
 from ttt_kernels.aot import Case, Report, parse
 from ttt_kernels.tuning import Config
@@ -132,6 +133,56 @@ def test_failures_make_the_exit_status(
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert command.main(["--arch", "sm_90", "--operator", "swa", "--kernel", "along"]) == 1
     assert "8 bytes spilled" in capsys.readouterr().out
+
+
+CUDA_USAGE = """
+arch = sm_90a
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _ZN3ttt4cuda47_GLOBAL__N__e74e181e_14_clipped_sgd_cu_74e5c4d312square_partsIfEEvNS1_5TupleEPd:
+  REG:32 STACK:{stack} SHARED:1024 LOCAL:{local} CONSTANT[2]:8 CONSTANT[0]:3864 TEXTURE:0 SURFACE:0 SAMPLER:0
+arch = sm_100
+ Function _ZN3ttt4cuda47_GLOBAL__N__e74e181e_14_clipped_sgd_cu_74e5c4d313update_piecesINS_4bf16EfEEvNS1_5TupleEPf:
+  REG:76 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:3928 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+
+def test_kernels_of_the_cuda_extension_are_read() -> None:
+    first, second = aot_cuda.parse(CUDA_USAGE.format(stack=0, local=0))
+    assert (first.operator, first.name, first.variant) == ("clipped_sgd", "clipped_sgd.square_parts", "float")
+    assert (first.arch, first.report) == ("sm_90a", Report(32, 0, 1024, {}))
+    assert (second.name, second.variant) == ("clipped_sgd.update_pieces", "bf16 float")
+    assert (second.arch, second.report.registers) == ("sm_100", 76)
+
+
+@pytest.mark.parametrize(("stack", "local", "status"), [(0, 0, 0), (16, 0, 1), (0, 8, 1)])
+def test_cuda_kernels_that_spill_make_the_exit_status(
+    stack: int, local: int, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(command, "reports", lambda places: [])
+    monkeypatch.setattr(aot_cuda, "built", lambda: Path("extension.so"))
+    monkeypatch.setattr(aot, "dump", lambda question, file: CUDA_USAGE.format(stack=stack, local=local))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert command.main(["--arch", "sm_90", "--operator", "clipped_sgd", "--kernel", "square"]) == status
+    printed = capsys.readouterr().out
+    assert f"1 kernels compiled, {status} with problems" in printed
+    assert ("bytes spilled" in printed) == bool(status)
+
+
+@pytest.mark.skipif(aot_cuda.built() is None, reason="the CUDA extension is not built")
+def test_cuda_kernels_do_not_spill() -> None:
+    found = list(aot_cuda.kernels(aot_cuda.built()))
+    assert {k.arch for k in found} <= {"sm_80", "sm_90a", "sm_100"}
+    assert {k.operator for k in found} == set(aot_cuda.OPERATORS)
+    for kernel in found:
+        arch = int(kernel.arch.removeprefix("sm_").removesuffix("a"))
+        assert kernel.report.problems(arch, None) == [], kernel
+
+
+def test_operators_with_cuda_kernels() -> None:
+    sources = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+    assert {file.stem for file in sources.glob("*.cu")} == set(aot_cuda.OPERATORS)
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

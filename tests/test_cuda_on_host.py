@@ -45,7 +45,7 @@ def test_sums_of_a_block(cuda_on_host: OnHost, order: int) -> None:
 
 def rounds(values: Tensor, count: int) -> Tensor:
     for _ in range(count):
-        values = values + values.roll(-1)
+        values = values + values.roll((-1, -1), (0, 1))
     return values
 
 
@@ -55,7 +55,7 @@ def test_barrier_of_the_grid(cuda_on_host: OnHost, order: int) -> None:
     counter = torch.zeros(1, dtype=torch.int32)
     for launch, blocks in enumerate((1, 7, 3, 64, 2)):
         cuda_on_host.arrange(order, processors=4)
-        values, buffers = draw(blocks, seed=launch).float(), torch.empty(2, blocks)
+        values, buffers = draw(blocks, 32, seed=launch).float(), torch.empty(2, blocks, 32)
         assert cuda_on_host.library.run_rounds(at(values), at(buffers), at(counter), blocks, 5, 1) == 0
         torch.testing.assert_close(buffers[1], rounds(values, 5))
         assert counter.item() & 0x7FFFFFFF == 0
@@ -63,7 +63,11 @@ def test_barrier_of_the_grid(cuda_on_host: OnHost, order: int) -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_missing_barrier_of_the_grid_shows(cuda_on_host: OnHost, order: int) -> None:
-    values, buffers, counter = draw(7, seed=0).float(), torch.empty(2, 7), torch.zeros(1, dtype=torch.int32)
+    values, buffers, counter = (
+        draw(7, 32, seed=0).float(),
+        torch.empty(2, 7, 32),
+        torch.zeros(1, dtype=torch.int32),
+    )
     cuda_on_host.arrange(order)
     assert cuda_on_host.library.run_rounds(at(values), at(buffers), at(counter), 7, 5, 0) == 0
     assert not torch.allclose(buffers[1], rounds(values, 5))

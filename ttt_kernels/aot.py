@@ -128,8 +128,8 @@ def read(cubin: bytes, shared: int) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        usage = _cuobjdump("--dump-resource-usage", file)
-        code = _cuobjdump("--dump-sass", file)
+        usage = dump("--dump-resource-usage", file)
+        code = dump("--dump-sass", file)
     return parse(usage, code, shared)
 
 
@@ -140,7 +140,8 @@ def parse(usage: str, code: str, shared: int) -> Report:
     return Report(numbers["REG"], numbers["STACK"], shared, {name: n for name, n in counts.items() if n})
 
 
-def _cuobjdump(question: str, file: Path) -> str:
+def dump(question: str, file: Path) -> str:
+    """What the cuobjdump that comes with Triton prints about machine code."""
     from triton import knobs
 
     tool = knobs.nvidia.cuobjdump.path

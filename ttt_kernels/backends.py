@@ -203,9 +203,7 @@ def refuse_on_cuda(tensors: tuple[Tensor, ...]) -> str | None:
             return f"a tensor is on {t.device}, and its kernels run on a GPU"
         if t.is_floating_point() and t.dtype not in _GPU_DTYPES:
             return f"a tensor has dtype {t.dtype}; accepted are {', '.join(map(str, _GPU_DTYPES))}"
-        if (reason := _not_built_for(t.device)) is not None:
-            return reason
-    return None
+    return next(filter(None, map(_not_built_for, {t.device for t in tensors})), None)
 
 
 def _on_cpu(tensors: tuple[Tensor, ...]) -> bool:

@@ -2,6 +2,8 @@
 // number or a vector of them.
 #pragma once
 
+#include <cmath>
+
 #include "common/scalar.h"
 
 namespace ttt::TTT_ISA {
@@ -18,10 +20,16 @@ TTT_HOST_DEVICE inline V add_term(V sum, C factor, V x) {
     return sum + factor * x;
 }
 
-// The factor s of a sequence whose gradients have this norm. A NaN norm counts as clipped, so that it shows
-// in every weight. A threshold of 0 stands for none.
-TTT_HOST_DEVICE inline double clip_scale(double norm, double max_norm) {
-    return max_norm == 0 || norm < max_norm ? 1.0 : max_norm / norm;
+// What becomes of a sequence whose gradients have this sum of squares: its norm, the factor s, and whether it
+// clips. A NaN norm counts as clipped, so that it shows in every weight. A threshold of 0 stands for none.
+struct Clip {
+    double norm, scale;
+    bool clips;
+};
+TTT_HOST_DEVICE inline Clip clip(double square, double max_norm) {
+    const double norm = std::sqrt(square);
+    const bool clips = max_norm != 0 && !(norm < max_norm);
+    return {norm, clips ? max_norm / norm : 1.0, clips};
 }
 
 }  // namespace ttt::TTT_ISA

@@ -1,6 +1,7 @@
 // Clipped SGD in two passes over memory: inner products per sequence, then a weighted sum per sequence.
 #include <type_traits>
 
+#include "common/clipped_sgd.h"
 #include "common/lanes.h"
 #include "common/parallel.h"
 #include "cpu/kernels.h"
@@ -16,7 +17,7 @@ int64_t blocks_of(int64_t n) {
     return (n + kBlock - 1) / kBlock;
 }
 
-// A vector of floats as two vectors of doubles: the squares of float32 overflow from 1.8e19 on.
+// A vector of floats as two vectors of doubles.
 struct Doubles {
     vd low, high;
 };
@@ -44,8 +45,8 @@ struct Rows {
 struct Sum {
     vd low{}, high{};
     void add(const Doubles& a, const Doubles& b) {
-        low += a.low * b.low;
-        high += a.high * b.high;
+        low = add_product(low, a.low, b.low);
+        high = add_product(high, a.high, b.high);
     }
     double total() const { return sum_lanes<double>(low + high); }
 };
@@ -100,7 +101,7 @@ template <int count, class T, class C = compute_t<T>>
 void weighted_sum(const Term<T>* terms, T* out, int64_t n) {
     for_each_vector<C>(0, n, [=](int64_t i, int64_t k) {
         vec<C> sum = terms[0].factor * read(terms[0].at + i, k);
-        for (int t = 1; t < count; ++t) sum += terms[t].factor * read(terms[t].at + i, k);
+        for (int t = 1; t < count; ++t) sum = add_term(sum, terms[t].factor, read(terms[t].at + i, k));
         write(out + i, sum, k);
     });
 }
@@ -185,6 +186,16 @@ void clipped_sgd_dots(Dtype dtype, const void* g, int64_t g_stride, const void* 
         run(static_cast<const T*>(g), g_stride, static_cast<const T*>(l), l_stride, static_cast<const T*>(u),
             u_stride, scratch, sums, rows, n);
     });
+}
+
+void clipped_sgd_clips(const double* squares, double max_norm, double* norm, double* scale, bool* clips,
+                       int64_t rows) {
+    for (int64_t row = 0; row < rows; ++row) {
+        const Clip of = clip(squares[row], max_norm);
+        norm[row] = of.norm;
+        scale[row] = of.scale;
+        clips[row] = of.clips;
+    }
 }
 
 void clipped_sgd_combine(Dtype dtype, const void* w, int64_t w_stride, const void* l, int64_t l_stride,

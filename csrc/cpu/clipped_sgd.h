@@ -7,6 +7,9 @@
     void clipped_sgd_dots(Dtype dtype, const void* g, int64_t g_stride, const void* l, int64_t l_stride,     \
                           const void* u, int64_t u_stride, double* scratch, double* dots, int64_t rows,      \
                           int64_t n);                                                                        \
+    /* squares (rows): g . g -> norm, the factor s, and whether it clips. max_norm 0 does not. */            \
+    void clipped_sgd_clips(const double* squares, double max_norm, double* norm, double* scale, bool* clips, \
+                           int64_t rows);                                                                    \
     /* out = the sum of factor times input over those of w, l, u, g (rows, n) whose bit (1, 2, 4, 8) is set  \
        in uses, at least one, with the factors (4, rows) of `factors`; and copy (in copy_dtype) unless null. \
        more, unless null, likewise by uses_more and the next (4, rows) factors. Rows that are not active     \
@@ -19,4 +22,5 @@
 
 #define TTT_LIST_CLIPPED_SGD(X) \
     X(clipped_sgd_dots)         \
+    X(clipped_sgd_clips)        \
     X(clipped_sgd_combine)

@@ -7,7 +7,6 @@
 // short, but could not begin with fewer blocks than are resident at once, nor end a block before the slowest
 // has come to the barrier. Two kernels need no counter that outlives the call.
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
 #include <type_traits>
 
@@ -22,10 +21,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kScratch = kThreads / kWarp * static_cast<int>(sizeof(double));
-// Vectors of an operand that a thread reads before it uses the first.
-constexpr int kInFlight = 4;
-// Elements of one tensor that a block has at a time. A multiple of what its threads have in flight.
-constexpr int kPiece = 8192;
+// Elements of one tensor that a block has at a time. Its threads read all of them before they use the first,
+// so that memory is kept busy: 64 bytes of each operand in float32, 32 in 16 bits.
+constexpr int kPiece = 16 * kThreads;
 // A sequence has about as many parts of its norm at most, each of the same number of pieces of one tensor.
 // That and the order of every sum depend on the tensors' sizes alone: a sequence has the same bits on every
 // chip and in every batch.
@@ -71,36 +69,35 @@ __device__ inline T* at(int64_t address, int64_t offset) {
     return reinterpret_cast<T*>(address) + offset;
 }
 
-// Which element of a piece a thread's vector `k` of round `round` begins with; neighbours read neighbours.
+// Vectors of L elements that a thread has of a piece, and which element one begins with; neighbours read
+// neighbours.
 template <int L>
-__device__ inline int element_of(int round, int k) {
-    return ((round * kInFlight + k) * kThreads + static_cast<int>(threadIdx.x)) * L;
+constexpr int kVectors = kPiece / (kThreads * L);
+template <int L>
+__device__ inline int element_of(int k) {
+    return (k * kThreads + static_cast<int>(threadIdx.x)) * L;
 }
-template <int L>
-constexpr int kRounds = kPiece / (kThreads * L * kInFlight);
 
 template <class T>
 constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
 
-// A thread's share of the squares of n elements. The order is the same for vectors and for single elements.
+// A sum, and a thread's share of the squares of n elements. The order is the same for vectors and for single
+// elements.
 template <bool kWhole, class T, int L>
 __device__ inline double add_squares(double sum, const T* g, int n) {
-    static_assert(kRounds<L> * kThreads * L * kInFlight == kPiece, "whole rounds in a piece");
-    for (int round = 0; round < kRounds<L>; ++round) {
-        Vector<T, L> values[kInFlight];
+    Vector<T, L> values[kVectors<L>];
 #pragma unroll
-        for (int k = 0; k < kInFlight; ++k) {
-            const int i = element_of<L>(round, k);
-            values[k] = kWhole ? load<L>(g + i) : load_first<L>(g + i, n - i);
-        }
-#pragma unroll
-        for (int k = 0; k < kInFlight; ++k)
-#pragma unroll
-            for (int lane = 0; lane < L; ++lane) {
-                const double value = static_cast<double>(to_compute(values[k].x[lane]));
-                sum = add_product(sum, value, value);
-            }
+    for (int k = 0; k < kVectors<L>; ++k) {
+        const int i = element_of<L>(k);
+        values[k] = kWhole ? load<L>(g + i) : load_first<L>(g + i, n - i);
     }
+#pragma unroll
+    for (int k = 0; k < kVectors<L>; ++k)
+#pragma unroll
+        for (int lane = 0; lane < L; ++lane) {
+            const double value = static_cast<double>(to_compute(values[k].x[lane]));
+            sum = add_product(sum, value, value);
+        }
     return sum;
 }
 
@@ -157,32 +154,29 @@ __device__ inline double learning_rate(const Rate& rate) {
 // are.
 template <bool kWhole, class T, class U, int L>
 __device__ inline void update(T* w, const T* g, U* copy, float factor, int n) {
-    static_assert(kRounds<L> * kThreads * L * kInFlight == kPiece, "whole rounds in a piece");
-    for (int round = 0; round < kRounds<L>; ++round) {
-        Vector<T, L> weights[kInFlight], grads[kInFlight];
+    Vector<T, L> weights[kVectors<L>], grads[kVectors<L>];
 #pragma unroll
-        for (int k = 0; k < kInFlight; ++k) {
-            const int i = element_of<L>(round, k);
-            grads[k] = kWhole ? load_once<L>(g + i) : load_first<L>(g + i, n - i);
-            weights[k] = kWhole ? load_once<L>(w + i) : load_first<L>(w + i, n - i);
+    for (int k = 0; k < kVectors<L>; ++k) {
+        const int i = element_of<L>(k);
+        grads[k] = kWhole ? load_once<L>(g + i) : load_first<L>(g + i, n - i);
+        weights[k] = kWhole ? load_once<L>(w + i) : load_first<L>(w + i, n - i);
+    }
+#pragma unroll
+    for (int k = 0; k < kVectors<L>; ++k) {
+        const int i = element_of<L>(k);
+        Vector<U, L> rounded;
+#pragma unroll
+        for (int lane = 0; lane < L; ++lane) {
+            weights[k].x[lane] = from_compute<T>(
+                add_term(to_compute(weights[k].x[lane]), factor, to_compute(grads[k].x[lane])));
+            rounded.x[lane] = from_compute<U>(to_compute(weights[k].x[lane]));
         }
-#pragma unroll
-        for (int k = 0; k < kInFlight; ++k) {
-            const int i = element_of<L>(round, k);
-            Vector<U, L> rounded;
-#pragma unroll
-            for (int lane = 0; lane < L; ++lane) {
-                weights[k].x[lane] = from_compute<T>(
-                    add_term(to_compute(weights[k].x[lane]), factor, to_compute(grads[k].x[lane])));
-                rounded.x[lane] = from_compute<U>(to_compute(weights[k].x[lane]));
-            }
-            if constexpr (kWhole) {
-                store_once<L>(w + i, weights[k]);
-                if (copy) store<L>(copy + i, rounded);
-            } else {
-                store_first<L>(w + i, weights[k], n - i);
-                if (copy) store_first<L>(copy + i, rounded, n - i);
-            }
+        if constexpr (kWhole) {
+            store_once<L>(w + i, weights[k]);
+            if (copy) store<L>(copy + i, rounded);
+        } else {
+            store_first<L>(w + i, weights[k], n - i);
+            if (copy) store_first<L>(copy + i, rounded, n - i);
         }
     }
 }
@@ -197,7 +191,7 @@ __global__ void __launch_bounds__(kThreads)
                   float* __restrict__ norms) {
     constexpr int L = kLanes<T> < kLanes<U> ? kLanes<T> : kLanes<U>;
     int64_t sequence = -1;
-    float factor = 0;
+    Clip of{};
     bool moves = false;
     for (int64_t turn = sequences * tuple.pieces - 1 - blockIdx.x; turn >= 0; turn -= gridDim.x) {
         const int64_t piece = turn % tuple.pieces;
@@ -207,12 +201,12 @@ __global__ void __launch_bounds__(kThreads)
             double square = 0;
             for (int64_t part = threadIdx.x; part < tuple.all_parts; part += kThreads)
                 square += scratch[sequence * tuple.all_parts + part];
-            square = block_reduce<kThreads>(square, reinterpret_cast<double*>(dynamic_shared()), 0.0, Sum{});
-            factor = static_cast<float>(-learning_rate(rate) * clip_scale(sqrt(square), rate.max_norm));
-            // Every sequence's first piece is its last turn, and its block has come by here.
-            if (norms && threadIdx.x == 0) norms[sequence] = static_cast<float>(sqrt(square));
+            double* sums = reinterpret_cast<double*>(dynamic_shared());
+            of = clip(block_reduce<kThreads>(square, sums, 0.0, Sum{}), rate.max_norm);
         }
+        if (norms && piece == 0 && threadIdx.x == 0) norms[sequence] = static_cast<float>(of.norm);
         if (!moves) continue;
+        const float factor = static_cast<float>(-learning_rate(rate) * of.scale);
         const Tensor& tensor = tensor_of<&Tensor::first_piece>(tuple, piece);
         const Row& row = tensor.row;
         const int64_t start = (piece - tensor.first_piece) * kPiece;

@@ -34,7 +34,7 @@ __device__ inline bool aligned(const T* p) {
 // Of what is read again soon, and of what is not: the caches give that up first.
 template <int L, class T>
 __device__ inline Vector<T, L> load(const T* p) {
-    return bit_cast<Vector<T, L>>(*reinterpret_cast<const words_t<T, L>*>(p));
+    return bit_cast<Vector<T, L>>(__ldca(reinterpret_cast<const words_t<T, L>*>(p)));
 }
 template <int L, class T>
 __device__ inline Vector<T, L> load_once(const T* p) {
@@ -42,7 +42,7 @@ __device__ inline Vector<T, L> load_once(const T* p) {
 }
 template <int L, class T>
 __device__ inline void store(T* p, const Vector<T, L>& v) {
-    *reinterpret_cast<words_t<T, L>*>(p) = bit_cast<words_t<T, L>>(v);
+    __stwb(reinterpret_cast<words_t<T, L>*>(p), bit_cast<words_t<T, L>>(v));
 }
 template <int L, class T>
 __device__ inline void store_once(T* p, const Vector<T, L>& v) {

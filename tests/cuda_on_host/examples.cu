@@ -49,13 +49,14 @@ __global__ void sums(const double* in, double* out) {
     out[blockIdx.x * kThreads + threadIdx.x] = sum * most;
 }
 
-// Each round, every block adds its neighbour's value of the round before to its own.
+// Each round, every thread adds the value that the next block's next thread had to its own; kWarp threads.
 __global__ void rounds(const float* in, float* buffers, unsigned* counter, int count, bool with_barrier) {
-    const unsigned block = blockIdx.x, blocks = gridDim.x, next = (block + 1) % blocks;
+    const unsigned own = blockIdx.x * kWarp + threadIdx.x, values = gridDim.x * kWarp;
+    const unsigned other = (blockIdx.x + 1) % gridDim.x * kWarp + (threadIdx.x + 1) % kWarp;
     for (int round = 0; round < count; ++round) {
-        const float* from = round ? buffers + static_cast<unsigned>(round % 2) * blocks : in;
-        float* to = buffers + static_cast<unsigned>((round + 1) % 2) * blocks;
-        if (threadIdx.x == 0) to[block] = from[block] + from[next];
+        const float* from = round ? buffers + static_cast<unsigned>(round % 2) * values : in;
+        float* to = buffers + static_cast<unsigned>((round + 1) % 2) * values;
+        to[own] = from[own] + from[other];
         if (with_barrier) grid_barrier(counter);
     }
 }

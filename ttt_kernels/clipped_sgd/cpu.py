@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ttt_kernels.clipped_sgd.reference import Tensors, d_new, inverse_norm, scale_of
+from ttt_kernels.clipped_sgd.reference import Tensors, d_new, inverse_norm
 from ttt_kernels.clipped_sgd.rows import rows_of
 from ttt_kernels.extension import addresses, beyond_caches, dtype_code, kernels, located
 
@@ -25,6 +25,16 @@ def _dots(g: Tensors, ell: Tensors | None = None, u: Tensors | None = None) -> T
                 scratch.data_ptr(), sums.data_ptr(), *x.shape,
             )  # fmt: skip
     return sums
+
+
+def _clips(square: Tensor, max_norm: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of sums of squares (B,), which are contiguous: the norm, the factor s, and where it clips."""
+    norm, scale = torch.empty_like(square), torch.empty_like(square)
+    clips = torch.empty_like(square, dtype=torch.bool)
+    kernels().clipped_sgd_clips(
+        *addresses(square), max_norm or 0.0, *addresses(norm, scale, clips), len(square)
+    )
+    return norm, scale, clips
 
 
 class _Sum:
@@ -85,8 +95,8 @@ def _step(
     active: Tensor | None,
 ) -> Tensor:
     rows = [rows_of(g) for g in grads]
-    norm = _dots(rows)[0].sqrt()
-    step = -lr.to(norm.dtype) * scale_of(norm, max_norm)[0]
+    norm, scale, _ = _clips(_dots(rows)[0], max_norm)
+    step = -lr.to(norm.dtype) * scale
     new = _Sum(torch.ones_like(norm), None, None, step)
     _combine((_rows(weights), None, None, rows), [(new, out)], copies, active)
     return norm.to(weights[0].dtype if weights[0].dtype == torch.float64 else torch.float32)
@@ -119,9 +129,8 @@ def backward(
     rows, d_rows = _rows(grads), _rows(cotangents)
     assert rows is not None
     square, product, _, _ = _dots(rows, d_rows)
-    norm = square.sqrt()
+    norm, scale, clips = _clips(square, max_norm)
     inverse = inverse_norm(norm)
-    scale, clips = scale_of(norm, max_norm)
     results: list[tuple[_Sum, list[Tensor]]] = []
     d_grads = _like(grads) if needs[1] else None
     if d_grads is not None:
@@ -165,9 +174,8 @@ def double_backward(
     u_rows = _rows(g_grads)
     assert rows is not None
     square, h, a, b = _dots(rows, l_rows, u_rows)
-    norm = square.sqrt()
+    norm, s, clips = _clips(square, max_norm)
     inverse = inverse_norm(norm)
-    s, clips = scale_of(norm, max_norm)
     k = torch.where(clips, s * inverse.square(), 0)
     eta, m = lr.to(norm.dtype), d_norm.to(norm.dtype)
     r = g_lr.to(norm.dtype) if g_lr is not None else torch.zeros_like(eta)

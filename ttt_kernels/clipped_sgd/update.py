@@ -15,7 +15,7 @@ NAME = "clipped_sgd.update_"
 RUN = {"cuda": cuda.update_, "triton": triton.update_, "cpu": cpu.update_, "reference": reference.update_}
 """By backend."""
 _REFUSALS: dict[str, Refusal] = {"cuda": cuda.refuse, "triton": triton.refuse, "cpu": refuse_on_cpu}
-_PIECE = 8192
+_PIECE = 4096
 """Elements that are about one piece of work of a kernel."""
 
 
