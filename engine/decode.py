@@ -14,8 +14,8 @@ from engine.profiling import stage
 from engine.state import State
 from engine.weights import BlockWeights, Weights, for_inference
 from engine.window import Window
-from ttt_kernels.decode import LayerWeights, Stack, step
-from ttt_kernels.rope.tables import tables
+from ttt_kernels.decode import Decoded, LayerWeights, Stack, step
+from ttt_kernels.rope.tables import angles
 
 if TYPE_CHECKING:
     from engine.model import TTTModel
@@ -40,10 +40,14 @@ def decode(model: TTTModel, token: Tensor, state: State, *, backend: str | None 
     with stage("decode"):
         rows = [w.add_rows(1) for w in windows]
         seen = [row + 1 if config.window is None else min(row + 1, config.window) for row in rows]
-        cos, sin = _angles(state, config.head_dim, config.rope_theta, weights)
-        x = torch.nn.functional.embedding(token, weights.embed)
+        visible = torch.tensor([rows, seen]).T.contiguous()
         try:
-            out = step(_stack(model, state, weights, windows), x, cos, sin, rows, seen, backend=backend)
+            stack = _stack(model, state, weights, windows)
+            device = weights.embed.device
+            out = read_token(
+                stack, weights.embed, token, state.position.to(device), visible.to(device), config.rope_theta,
+                backend=backend,
+            )  # fmt: skip
         except BaseException:
             for window in windows:
                 window.drop_last(1)
@@ -55,10 +59,25 @@ def decode(model: TTTModel, token: Tensor, state: State, *, backend: str | None 
     return out.logits.float()
 
 
-def _angles(state: State, head_dim: int, theta: float, weights: Weights) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(weights.embed.dtype, torch.float32)
-    cos, sin = tables(state.position, head_dim, theta, wide)
-    return cos.to(weights.embed.device), sin.to(weights.embed.device)
+def read_token(
+    stack: Stack, embed: Tensor, token: Tensor, position: Tensor, visible: Tensor, theta: float, *,
+    backend: str | None,
+) -> Decoded:  # fmt: skip
+    """What a step computes, of tensors on one device alone: on a GPU no number comes from the host or goes there,
+    so that a CUDA graph may hold it (with the backend `cuda`; `reference` reads `visible`).
+
+    Args:
+        stack: weights and caches.
+        embed: (V, d)
+        token: (B,) int64
+        position: (B,) int64, of the token in its sequence.
+        visible: (n_layers, 2) int64; see `ttt_kernels.decode.step`.
+        theta: base of the rotations' frequencies.
+        backend: of the operator.
+    """
+    wide = torch.promote_types(embed.dtype, torch.float32)
+    cos, sin = angles(position, stack.head_dim, theta, wide)
+    return step(stack, torch.nn.functional.embedding(token, embed), cos, sin, visible, backend=backend)
 
 
 def _stack(model: TTTModel, state: State, weights: Weights, windows: list[Window]) -> Stack:

@@ -2,106 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from decode_stacks import assert_agrees, cast, make_stack, make_token, map_stack, map_token, seen
 from harness import BACKENDS, draw, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ttt_kernels.decode import Decoded, LayerWeights, Stack, step
+from ttt_kernels.decode import Decoded, Stack, step
 from ttt_kernels.extension import cpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SETS = cpu.instruction_sets() if cpu is not None else []
 needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
-
-
-def make_layer(
-    seed: int, batch: int, d: int, heads: int, intermediate: int, capacity: int, fast: bool, spread: bool
-) -> LayerWeights:
-    def matrix(index: int, *shape: int) -> Tensor:
-        return draw(*shape, seed=1000 * seed + index, scale=2 * shape[-1] ** -0.5)
-
-    def norm(index: int, n: int = d) -> Tensor:
-        return 1 + 0.2 * draw(n, seed=1000 * seed + index)
-
-    def cache(index: int) -> Tensor:
-        if spread:
-            return draw(batch, capacity, 2, heads, d // heads, seed=1000 * seed + index)[:, :, 1]
-        return draw(batch, capacity, heads, d // heads, seed=1000 * seed + index)
-
-    i = intermediate
-    weights = LayerWeights(
-        seq_norm=norm(0), w_qkv=matrix(1, 3 * d, d), q_norm=norm(2, d // heads), k_norm=norm(3, d // heads),
-        w_o=matrix(4, d, d), seq_post_norm=norm(5), mlp_norm=norm(6), w_gate=matrix(7, i, d),
-        w_up=matrix(8, i, d), w_down=matrix(9, d, i), mlp_post_norm=norm(10), k_cache=cache(11),
-        v_cache=cache(12),
-    )  # fmt: skip
-    if not fast:
-        return weights
-    return replace(
-        weights, fast_norm=norm(13), fast_gate=matrix(14, batch, i, d), fast_up=matrix(15, batch, i, d),
-        fast_down=matrix(16, batch, d, i), fast_post_norm=norm(17),
-    )  # fmt: skip
-
-
-def make_stack(
-    batch: int = 1, heads: int = 2, head_dim: int = 8, intermediate: int = 24, vocab: int = 30,
-    capacities: Sequence[int] = (6, 9), fast_layers: int = 1, spread: bool = False,
-) -> Stack:  # fmt: skip
-    d = heads * head_dim
-    layers = tuple(
-        make_layer(n, batch, d, heads, intermediate, capacity, n >= len(capacities) - fast_layers, spread)
-        for n, capacity in enumerate(capacities)
-    )
-    return Stack(layers, 1 + 0.2 * draw(d, seed=1), draw(vocab, d, seed=2, scale=d**-0.5), heads, 1e-6)
-
-
-def map_stack(stack: Stack, change: Callable[[str, Tensor], Tensor]) -> Stack:
-    def changed(layer: LayerWeights) -> LayerWeights:
-        tensors = {f.name: getattr(layer, f.name) for f in fields(layer)}
-        return replace(layer, **{name: change(name, t) for name, t in tensors.items() if t is not None})
-
-    layers = tuple(changed(layer) for layer in stack.layers)
-    final_norm, head = change("final_norm", stack.final_norm), change("head", stack.head)
-    return replace(stack, layers=layers, final_norm=final_norm, head=head)
-
-
-def cast(stack: Stack, dtype: torch.dtype) -> Stack:
-    """A copy in `dtype`, caches with the strides they have, norms in float32 beside a smaller dtype."""
-
-    def change(name: str, t: Tensor) -> Tensor:
-        if not name.endswith("_cache"):
-            wanted = torch.promote_types(dtype, torch.float32) if name.endswith("norm") else dtype
-            return t.to(wanted, copy=True)
-        copy = torch.full((*t.shape[:2], t.stride(1)), torch.nan, dtype=dtype)[:, :, -t[0, 0].numel() :]
-        return copy.view(t.shape).copy_(t)
-
-    return map_stack(stack, change)
-
-
-def poison(stack: Stack, rows: Sequence[int], counts: Sequence[int]) -> None:
-    """NaN in every row that the token must not see, its own included until it is written."""
-    for layer, row, count in zip(stack.layers, rows, counts, strict=True):
-        for cache in (layer.k_cache, layer.v_cache):
-            cache[:, : row + 1 - count] = torch.nan
-            cache[:, row:] = torch.nan
-
-
-Token = tuple[Tensor, Tensor, Tensor]
-
-
-def make_token(stack: Stack, dtype: torch.dtype) -> Token:
-    """x, cos and sin; each sequence stands somewhere else."""
-    n, half = stack.batch_size, stack.head_dim // 2
-    angles = draw(n, half, seed=3, scale=3.0)
-    wide = torch.promote_types(dtype, torch.float32)
-    return draw(n, stack.hidden_size, seed=4).to(dtype), angles.cos().to(wide), angles.sin().to(wide)
 
 
 @contextmanager
@@ -125,37 +43,8 @@ def threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def map_token(token: Token, change: Callable[[Tensor], Tensor]) -> Token:
-    x, cos, sin = token
-    return change(x), change(cos), change(sin)
-
-
-def written(stack: Stack, rows: Sequence[int]) -> list[Tensor]:
-    both = zip(stack.layers, rows, strict=True)
-    return [cache[:, row] for layer, row in both for cache in (layer.k_cache, layer.v_cache)]
-
-
-def assert_agrees(stack: Stack, dtype: torch.dtype, rows: Sequence[int], counts: Sequence[int]) -> None:
-    """cpu is as near to float64 as the plain formulas at `dtype` are, and writes one row of each cache."""
-    token = make_token(stack, dtype)
-    exact, plain, own = cast(cast(stack, dtype), torch.float64), cast(stack, dtype), cast(stack, dtype)
-    for s in (exact, plain, own):
-        poison(s, rows, counts)
-    before = cast(own, dtype)
-    truth = step(exact, *map_token(token, Tensor.double), rows, counts, backend="reference")
-    honest = step(plain, *token, rows, counts, backend="reference")
-    found = step(own, *token, rows, counts, backend="cpu")
-    assert [t.dtype for t in found] == [t.dtype for t in honest] == [dtype, dtype, torch.float32]
-    results = ((truth, exact), (honest, plain), (found, own))
-    all_written = [(*out, *written(s, rows)) for out, s in results]
-    for index, (e, p, o) in enumerate(zip(*all_written, strict=True)):
-        budget = 2 * relative_error(p, e) + 4 * torch.finfo(dtype).eps
-        error = relative_error(o, e)
-        assert error <= budget, f"result {index}: error {error:.3g} beyond {budget:.3g}"
-    for old, new, row in zip(before.layers, own.layers, rows, strict=True):
-        for was, now in ((old.k_cache, new.k_cache), (old.v_cache, new.v_cache)):
-            was[:, row] = now[:, row]
-            assert torch.equal(was.nan_to_num(7.0), now.nan_to_num(7.0))
+def step_on_cpu(stack: Stack, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> Decoded:
+    return step(stack, x, cos, sin, visible, backend="cpu")
 
 
 @needs_cpu
@@ -178,7 +67,7 @@ def test_every_instruction_set(
     """`shape`: sequences, heads, their width and the intermediate size."""
     stack = make_stack(*shape, capacities=(210, 40))
     with instruction_set(isa):
-        assert_agrees(stack, dtype, (counts[0] + 2, counts[1] - 1), counts)
+        assert_agrees(step_on_cpu, stack, dtype, (counts[0] + 2, counts[1] - 1), counts)
 
 
 @needs_cpu
@@ -198,7 +87,7 @@ def test_any_shape(
     """`shape`: sequences, heads and their width; `sizes`: intermediate and vocabulary."""
     stack = make_stack(*shape, *sizes, capacities=(152, 40), fast_layers=fast, spread=spread)
     with threads(n_threads):
-        assert_agrees(stack, dtype, (counts[0] + 1, counts[1] - 1), counts)
+        assert_agrees(step_on_cpu, stack, dtype, (counts[0] + 1, counts[1] - 1), counts)
 
 
 @needs_cpu
@@ -207,7 +96,7 @@ def test_many_keys(isa: str) -> None:
     """As many pieces as there can be, of more than a tile of scores; one key more than short pieces take."""
     stack = make_stack(batch=2, heads=1, head_dim=16, capacities=(8300, 2100))
     with instruction_set(isa):
-        assert_agrees(stack, torch.float32, (8299, 2090), (8295, 64 * 32 + 1))
+        assert_agrees(step_on_cpu, stack, torch.float32, (8299, 2090), (8295, 64 * 32 + 1))
 
 
 @needs_cpu
@@ -217,9 +106,9 @@ def test_rounds_where_separate_operators_would(dtype: torch.dtype) -> None:
     stack = make_stack(heads=3, head_dim=32, intermediate=200, vocab=90, capacities=(20, 20))
     exact, plain, own = cast(cast(stack, dtype), torch.float64), cast(stack, dtype), cast(stack, dtype)
     token, rows, counts = make_token(stack, dtype), (15, 15), (12, 12)
-    truth = step(exact, *map_token(token, Tensor.double), rows, counts, backend="reference")
-    honest = step(plain, *token, rows, counts, backend="reference")
-    found = step(own, *token, rows, counts, backend="cpu")
+    truth = step(exact, *map_token(token, Tensor.double), seen(rows, counts), backend="reference")
+    honest = step(plain, *token, seen(rows, counts), backend="reference")
+    found = step(own, *token, seen(rows, counts), backend="cpu")
     for e, p, o in zip(truth, honest, found, strict=True):
         assert relative_error(o, p.double()) < 0.4 * relative_error(p, e)
 
@@ -235,7 +124,9 @@ def test_same_bits_for_any_threads_and_neighbours(dtype: torch.dtype) -> None:
         names = ("k_cache", "v_cache", "fast_gate", "fast_up", "fast_down")
         chosen = map_stack(stack, lambda name, t: t[list(order)] if name in names else t)
         with threads(n_threads):
-            return step(chosen, *map_token(token, lambda t: t[list(order)]), rows, counts, backend="cpu")
+            return step(
+                chosen, *map_token(token, lambda t: t[list(order)]), seen(rows, counts), backend="cpu"
+            )
 
     whole = run(range(5), 1)
     for order, n_threads in ((range(5), 2), (range(5), 7), ((4, 2, 0, 3, 1), 2), ((3,), 3), ((2, 4), 1)):
@@ -253,7 +144,7 @@ def test_token_by_token_is_causal_attention(backend: str) -> None:
     angles = torch.arange(length)[:, None] * draw(1, stack.head_dim // 2, seed=6).abs()
     cos, sin = (t.to(dtype)[:, None].expand(-1, batch, -1) for t in (angles.cos(), angles.sin()))
     found = [
-        step(stack, tokens[t], cos[t], sin[t], [t] * 3, [min(t + 1, window)] * 3, backend=backend)
+        step(stack, tokens[t], cos[t], sin[t], seen([t] * 3, [min(t + 1, window)] * 3), backend=backend)
         for t in range(length)
     ]
     expected = dense(stack, tokens.transpose(0, 1), angles.to(dtype), window)
@@ -304,7 +195,7 @@ def dense(stack: Stack, x: Tensor, angles: Tensor, window: int) -> tuple[Tensor,
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_fast_layers_the_prefix_is_everything(backend: str) -> None:
     stack = cast(make_stack(fast_layers=0), torch.float32)
-    out = step(stack, *make_token(stack, torch.float32), (2, 2), (3, 1), backend=backend)
+    out = step(stack, *make_token(stack, torch.float32), seen((2, 2), (3, 1)), backend=backend)
     rms = (out.prefix_output.square().mean(-1, keepdim=True) + stack.eps).sqrt()
     assert torch.allclose(out.hidden, out.prefix_output / rms * stack.final_norm, rtol=1e-5, atol=1e-6)
 
@@ -313,14 +204,14 @@ def test_without_fast_layers_the_prefix_is_everything(backend: str) -> None:
 def test_a_tensor_that_moved_is_found_again() -> None:
     stack = cast(make_stack(), torch.float32)
     token = make_token(stack, torch.float32)
-    arguments = ((3, 3), (1, 1))
-    first = step(stack, *token, *arguments, backend="cpu")
+    visible = seen((3, 3), (1, 1))
+    first = step(stack, *token, visible, backend="cpu")
     old = stack.layers[0].w_o.data
     stack.layers[0].w_o.data = old * 2 + 1
     old.fill_(torch.nan)
-    second = step(stack, *token, *arguments, backend="cpu")
+    second = step(stack, *token, visible, backend="cpu")
     assert not torch.allclose(first.logits, second.logits)
-    expected = step(stack, *token, *arguments, backend="reference")
+    expected = step(stack, *token, visible, backend="reference")
     assert torch.allclose(second.logits, expected.logits, atol=1e-4)
 
 
@@ -330,7 +221,7 @@ def test_builds_no_graph_and_leaves_its_arguments_alone(backend: str) -> None:
     stack.head.requires_grad_()
     token = map_token(make_token(stack, torch.float32), Tensor.requires_grad_)
     copies = map_token(token, Tensor.clone)
-    out = step(stack, *token, (2, 2), (3, 1), backend=backend)
+    out = step(stack, *token, seen((2, 2), (3, 1)), backend=backend)
     assert not any(t.requires_grad for t in out)
     assert all(torch.equal(a, b) for a, b in zip(token, copies, strict=True))
 
@@ -348,24 +239,29 @@ def test_what_the_kernel_cannot_take() -> None:
     ):
         token = make_token(stack, stack.head.dtype)
         with pytest.raises(ValueError, match=message):
-            step(stack, *token, (2, 2), (3, 1), backend="cpu")
-        chosen = step(stack, *token, (2, 2), (3, 1))
-        assert torch.equal(chosen.logits, step(stack, *token, (2, 2), (3, 1), backend="reference").logits)
+            step(stack, *token, seen((2, 2), (3, 1)), backend="cpu")
+        chosen = step(stack, *token, seen((2, 2), (3, 1)))
+        assert torch.equal(
+            chosen.logits, step(stack, *token, seen((2, 2), (3, 1)), backend="reference").logits
+        )
 
 
 def test_arguments_that_do_not_fit() -> None:
     stack = cast(make_stack(), torch.float32)
     x, cos, sin = make_token(stack, torch.float32)
+    visible = seen((1, 1), (1, 1))
     for arguments, message in (
-        ((x[:, 1:], cos, sin, (1, 1), (1, 1)), r"x has shape \(1, 15\)"),
-        ((x.double(), cos, sin, (1, 1), (1, 1)), "x has .* dtype torch.float64"),
-        ((x, cos[:, :2], sin, (1, 1), (1, 1)), r"cos has shape \(1, 2\)"),
-        ((x, cos, sin.bfloat16(), (1, 1), (1, 1)), "sin has .* dtype torch.bfloat16"),
-        ((x, cos, sin, (1,), (1, 1)), "1 rows and 2 counts"),
-        ((x, cos, sin, (1, 9), (1, 1)), "row 9 and count 1 are given for a cache of 9 rows"),
-        ((x, cos, sin, (1, -1), (1, 1)), "row -1"),
-        ((x, cos, sin, (1, 1), (1, 3)), "count 3"),
-        ((x, cos, sin, (1, 1), (1, 0)), "count 0"),
+        ((x[:, 1:], cos, sin, visible), r"x has shape \(1, 15\)"),
+        ((x.double(), cos, sin, visible), "x has .* dtype torch.float64"),
+        ((x, cos[:, :2], sin, visible), r"cos has shape \(1, 2\)"),
+        ((x, cos, sin.bfloat16(), visible), "sin has .* dtype torch.bfloat16"),
+        ((x, cos, sin, visible[:1]), r"visible has shape \(1, 2\)"),
+        ((x, cos, sin, visible.int()), "visible has .* dtype torch.int32"),
+        ((x, cos, sin, visible.to("meta")), "visible has .* on meta"),
+        ((x, cos, sin, seen((1, 9), (1, 1))), "row 9 and count 1 are given for a cache of 9 rows"),
+        ((x, cos, sin, seen((1, -1), (1, 1))), "row -1"),
+        ((x, cos, sin, seen((1, 1), (1, 3))), "count 3"),
+        ((x, cos, sin, seen((1, 1), (1, 0))), "count 0"),
     ):
         with pytest.raises(ValueError, match=message):
             step(stack, *arguments)

@@ -1,7 +1,6 @@
 // Attention of one query per head over a cache, in pieces of keys that workers share.
 #pragma once
 
-#include <cmath>
 #include <type_traits>
 
 #include "common/vec.h"
@@ -45,14 +44,14 @@ inline void rescale(float* scores, int64_t n, float scale, float* largest, float
     vf top = splat(*largest);
     for (int64_t j = 0; j < n; j += kLanes) top = max<float>(load(scores + j) * scale, top);
     const float now = max_lanes<float>(top);
-    const float shrink = std::exp(*largest - now);
+    const float shrink = shrinkage(*largest, now);
     vf sum{};
     for (int64_t j = 0; j < n; j += kLanes) {
-        const vf e = exp(load(scores + j) * scale - now);
+        const vf e = softmax_weight(load(scores + j), splat(scale), splat(now));
         store(scores + j, e);
         sum += e;
     }
-    *total = *total * shrink + sum_lanes<float>(sum);
+    *total = multiply_add(*total, shrink, sum_lanes<float>(sum));
     *largest = now;
     if (shrink != 1.0f)
         for (int64_t i = 0; i < head_dim; ++i) acc[i] *= shrink;
@@ -123,12 +122,13 @@ inline void join_pieces(const Partial& partial, int64_t h, int64_t heads, int64_
     for (int64_t p = 1; p < partial.pieces; ++p) top = largest[p] > top ? largest[p] : top;
     for (int64_t p = 0; p < partial.pieces; p += kLanes)
         store_upto(factor + p, exp(load_upto(largest + p, partial.pieces - p) - top), partial.pieces - p);
-    for (int64_t p = 0; p < partial.pieces; ++p) sum += factor[p] * total[p];
+    for (int64_t p = 0; p < partial.pieces; ++p) sum = multiply_add(factor[p], total[p], sum);
     for (int64_t i = 0; i < head_dim; i += kLanes) {
         const float* values = partial.values + h * head_dim + i;
         vf mean{};
         for (int64_t p = 0; p < partial.pieces; ++p)
-            mean += factor[p] * load_upto(values + p * heads * head_dim, head_dim - i);
+            mean = multiply_add(splat(factor[p]), load_upto(values + p * heads * head_dim, head_dim - i),
+                                mean);
         store_upto(out + i, mean / sum, head_dim - i);
     }
 }

@@ -9,10 +9,15 @@
 
 #include "common/scalar.h"
 #include "cuda/clipped_sgd.h"
+#include "cuda/decode.h"
 
-#define TTT_DECLARE_CUDA_KERNELS TTT_DECLARE_CUDA_CLIPPED_SGD
+#define TTT_DECLARE_CUDA_KERNELS \
+    TTT_DECLARE_CUDA_CLIPPED_SGD \
+    TTT_DECLARE_CUDA_DECODE
 
-#define TTT_CUDA_KERNELS(X) TTT_LIST_CUDA_CLIPPED_SGD(X)
+#define TTT_CUDA_KERNELS(X)      \
+    TTT_LIST_CUDA_CLIPPED_SGD(X) \
+    TTT_LIST_CUDA_DECODE(X)
 
 namespace ttt::cuda {
 TTT_DECLARE_CUDA_KERNELS

@@ -1,19 +1,18 @@
 """One token of each sequence through a whole Transformer, for engines: no derivatives, caches in place."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ttt_kernels import checks
-from ttt_kernels.backends import refuse_on_cpu, select
-from ttt_kernels.decode import cpu, reference
+from ttt_kernels.backends import Refusal, refuse_on_cpu, refuse_on_cuda, select
+from ttt_kernels.decode import cpu, cuda, reference
 from ttt_kernels.decode.layers import LayerWeights, Stack
 
 __all__ = ["Decoded", "LayerWeights", "Stack", "step"]
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cuda", "cpu", "reference")
 """Those that have kernels for `step`."""
 
 
@@ -34,8 +33,7 @@ def step(
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
-    rows: Sequence[int],
-    counts: Sequence[int],
+    visible: Tensor,
     *,
     backend: str | None = None,
 ) -> Decoded:
@@ -49,24 +47,27 @@ def step(
     Args:
         x: (B, d), of the dtype of the stack's matrices.
         cos, sin: (B, D/2) float32 (float64 for float64), of the angles of each sequence's position.
-        rows: per layer, the cache row that the token's key and value are written to.
-        counts: per layer, how many keys the token sees: rows row + 1 - count to row, its own included.
+        visible: (n_layers, 2) int64, on the CPU or on x's device: of each layer the cache row that the token's
+            key and value are written to, and how many keys the token sees: rows row + 1 - count to row, its
+            own included. Numbers on a GPU are trusted, so that a captured graph can be replayed with others:
+            a row outside the cache writes into other memory.
 
     Raises:
         ValueError: an argument does not fit the stack, or the backend cannot serve the call.
     """
-    _check(stack, x, cos, sin, rows, counts)
-    chosen = select("decode", backend, (x,), {"cpu": lambda tensors: _refuse_on_cpu(stack, tensors)})
-    return Decoded(*(cpu if chosen == "cpu" else reference).step(stack, x, cos, sin, rows, counts))
+    _check(stack, x, cos, sin, visible)
+    refusals: dict[str, Refusal] = {
+        "cuda": lambda tensors: refuse_on_cuda(tensors) or cuda.refusal(stack),
+        "cpu": lambda tensors: refuse_on_cpu(tensors) or cpu.refusal(stack),
+    }
+    chosen = select("decode", backend, (x,), refusals)
+    return Decoded(*_STEPS[chosen](stack, x, cos, sin, visible))
 
 
-def _refuse_on_cpu(stack: Stack, tensors: tuple[Tensor, ...]) -> str | None:
-    return refuse_on_cpu(tensors) or cpu.refusal(stack)
+_STEPS = {"cuda": cuda.step, "cpu": cpu.step, "reference": reference.step}
 
 
-def _check(
-    stack: Stack, x: Tensor, cos: Tensor, sin: Tensor, rows: Sequence[int], counts: Sequence[int]
-) -> None:
+def _check(stack: Stack, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> None:
     n, d, half = stack.batch_size, stack.hidden_size, stack.head_dim // 2
     if x.shape != (n, d) or x.dtype != stack.head.dtype or x.device != stack.head.device:
         raise ValueError(
@@ -80,12 +81,19 @@ def _check(
                 f"decode: {name} has shape {checks.shape(t)} and dtype {t.dtype} on {t.device}; accepted is "
                 f"{(n, half)}, {wide} on {x.device}"
             )
-    if len(rows) != len(stack.layers) or len(counts) != len(stack.layers):
+    shape = (len(stack.layers), 2)
+    if (
+        visible.shape != shape
+        or visible.dtype != torch.int64
+        or visible.device.type not in ("cpu", x.device.type)
+    ):
         raise ValueError(
-            f"decode: {len(rows)} rows and {len(counts)} counts are given; accepted is one of each for the "
-            f"{len(stack.layers)} layers"
+            f"decode: visible has shape {checks.shape(visible)} and dtype {visible.dtype} on {visible.device}; "
+            f"accepted is {shape}, torch.int64 on the CPU or {x.device}"
         )
-    for capacity, row, count in zip(stack.capacities, rows, counts, strict=True):
+    if visible.device.type != "cpu":
+        return
+    for capacity, (row, count) in zip(stack.capacities, visible.tolist(), strict=True):
         if not 1 <= count <= row + 1 <= capacity:
             raise ValueError(
                 f"decode: row {row} and count {count} are given for a cache of {capacity} rows; accepted are "

@@ -1,7 +1,5 @@
 """One token through the whole stack by plain torch calls, on any device, in any floating dtype."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -10,12 +8,10 @@ from ttt_kernels.matmul import mm
 from ttt_kernels.rms_norm import reference as rms_norm
 
 
-def step(
-    stack: Stack, x: Tensor, cos: Tensor, sin: Tensor, rows: Sequence[int], counts: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `ttt_kernels.decode.step`."""
+def step(stack: Stack, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `ttt_kernels.decode.step`; waits for `visible` where that is on a GPU."""
     prefix_output = x
-    for index, (layer, row, count) in enumerate(zip(stack.layers, rows, counts, strict=True)):
+    for index, (layer, (row, count)) in enumerate(zip(stack.layers, visible.tolist(), strict=True)):
         attended = _attention(stack, layer, _norm(x, layer.seq_norm, stack), cos, sin, row, count)
         x = x + _norm(attended, layer.seq_post_norm, stack)
         if layer.has_fast:

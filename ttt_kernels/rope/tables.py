@@ -36,3 +36,24 @@ def tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -
     """
     small = positions.numel() * (head_dim // 2) <= _LARGEST
     return (_kept if small else _compute)(positions.numpy().tobytes(), head_dim, theta, dtype)
+
+
+def angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`tables` (number of positions, D/2) on the positions' device; on CUDA nothing comes from the host or waits.
+
+    Args:
+        positions: (n,) int64
+        head_dim: D, even.
+        theta: base of the frequencies.
+        dtype: float32 or float64.
+    """
+    if positions.device.type != "cuda":
+        cos, sin = tables(positions.cpu(), head_dim, theta, dtype)
+        return cos.to(positions.device), sin.to(positions.device)
+    return _on_device(positions, head_dim, theta, dtype)
+
+
+def _on_device(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
+    turned = positions.double()[:, None] * theta**-exponents
+    return turned.cos().to(dtype), turned.sin().to(dtype)
