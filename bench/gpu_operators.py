@@ -43,6 +43,17 @@ def measure(context: Context, preset: str, name: str) -> dict[str, Any]:
     return {"backend": backend, "orders": orders}
 
 
+def compile_kernels(context: Context, preset: str, name: str) -> dict[str, Any]:
+    """Calls every order once, so that its kernels are compiled and found in Triton's cache by other processes."""
+    config = TTTConfig.preset(preset, compute_dtype=context.dtype)
+    made = case(name, Sizes.of(config), context.torch_dtype, context.device, 0)
+    backend = made.example.operator.select(None, *made.example.inputs)
+    for order in made.example.operator.orders(backend):
+        given = made.example.arguments(order, backend)
+        work(made.example, order, backend, given)()
+    return {}
+
+
 def _order(made: Case, order: str, backend: str, device: torch.device) -> dict[str, Any]:
     example = made.example
     given = example.arguments(order)
@@ -118,7 +129,9 @@ def _fused(
 
 
 def _bytes(values: list[Any]) -> int:
-    return sum(t.numel() * t.element_size() for t in flat([v for v in values if isinstance(v, Tensor | list)]))
+    return sum(
+        t.numel() * t.element_size() for t in flat([v for v in values if isinstance(v, Tensor | list)])
+    )
 
 
 def _cloned(value: Any) -> Any:

@@ -58,7 +58,8 @@ def errors(
     plain = work(there, order, "reference", given)()
     of = there.leaves()[0].dtype
     return [
-        (relative_error(f.to(device), e), budget(p, e, of)) for f, p, e in zip(found, plain, exact, strict=True)
+        (relative_error(f.to(device), e), budget(p, e, of))
+        for f, p, e in zip(found, plain, exact, strict=True)
     ]
 
 
