@@ -192,6 +192,8 @@ def chosen_settings(args: argparse.Namespace, device: torch.device) -> Settings:
         tuple(dict.fromkeys(options.chosen_names("", given, TTTConfig.presets())))
         for given in (args.presets, args.train_presets)
     )
+    if args.long_preset not in presets:
+        raise ValueError(f"--long-preset={args.long_preset!r} is not among --presets={args.presets}")
     options.at_least_one(tokens_per_batch=args.tokens_per_batch, long=args.long)
     for name in (*presets, *train_presets, args.long_preset):
         size = TTTConfig.preset(name).mini_batch_size

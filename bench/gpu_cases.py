@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench import attention_problem, linear_ce_problem, kernels_swiglu
+from bench import attention_problem, kernels_swiglu, linear_ce_problem
 from bench.flops import visible_pairs
 from bench.operator_example import Example, flat, like
 from engine.config import TTTConfig

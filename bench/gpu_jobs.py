@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from bench.gpu_plan import Measurement, Settings, describe
+from bench.gpu_plan import Measurement, Settings, describe, start_seconds
 from bench.output import progress
 
 CHILD = str(Path(__file__).with_name("gpu_child.py"))
@@ -77,7 +77,7 @@ def _run(
     stop: threading.Event,
 ) -> list[Measurement]:
     """What is left to be done after one process."""
-    if all(time.time() + m.seconds > deadline for m in group):
+    if all(time.time() + start_seconds(settings) + m.seconds > deadline for m in group):
         for m in group:
             put(m.key, {"status": "skipped", "reason": "no time left"})
         return []

@@ -24,6 +24,9 @@ SPEED_UP = ("3b", 131072)
 ASSUMED_RATE = {"cuda": 2.5e14}
 SLOW_RATE = 2e10
 START_SECONDS = {"cuda": 8.0}
+"""Until a process has a device."""
+CHECK_SECONDS = 10.0
+OFFICIAL_SECONDS = 75.0
 
 
 @dataclass(frozen=True)
@@ -67,20 +70,19 @@ class Measurement:
 def plan(settings: Settings) -> list[Measurement]:
     """Every measurement of the stages in question; those of a group are together, unless others matter more."""
     made = _Plan(settings)
+    readers = _ordered(settings.presets, PREFILL_FIRST)
+    learners = _ordered(settings.train_presets, TRAIN_FIRST)
     everything = [
         *made.checks(),
         *made.ceilings(),
-        *made.prefill(_ordered(settings.presets, PREFILL_FIRST)[:1]),
-        *made.train(_ordered(settings.train_presets, TRAIN_FIRST)[:1]),
-        *made.decode(_ordered(settings.presets, PREFILL_FIRST)[:1]),
-        *made.long_text(),
-        *made.prefill(_ordered(settings.presets, PREFILL_FIRST)[1:]),
+        *made.models(readers[:1]),
+        *made.train(learners[:1]),
+        *made.models(readers[1:]),
         *made.official(),
-        *made.train(_ordered(settings.train_presets, TRAIN_FIRST)[1:2]),
-        *made.decode(_ordered(settings.presets, PREFILL_FIRST)[1:]),
+        *made.train(learners[1:2]),
         *made.operators(),
         *made.compiled(),
-        *made.train(_ordered(settings.train_presets, TRAIN_FIRST)[2:]),
+        *made.train(learners[2:]),
     ]
     return [m for m in everything if m.stage in settings.stages]
 
@@ -94,7 +96,6 @@ class _Plan:
     def __init__(self, settings: Settings) -> None:
         self._s = settings
         self._rate = ASSUMED_RATE.get(settings.device.split(":")[0], SLOW_RATE)
-        self._start = START_SECONDS.get(settings.device.split(":")[0], 2.0)
 
     def checks(self) -> Iterator[Measurement]:
         for dtype in CHECKED_DTYPES:
@@ -103,13 +104,13 @@ class _Plan:
                     yield Measurement(
                         key("checks", name, backend, dtype), "checks", "operator check",
                         {"name": name, "backend": backend, "dtype": dtype}, f"checks of {_family(name)} {dtype}",
-                        self._start, parallel=True,
+                        CHECK_SECONDS, parallel=True,
                     )  # fmt: skip
         for index, file in enumerate(golden_files()):
             for backend in self._s.backends:
                 yield Measurement(
                     key("checks", "golden", file.stem, backend), "checks", "golden check",
-                    {"file": str(file), "backend": backend}, f"golden cases {index % 3}", self._start, parallel=True,
+                    {"file": str(file), "backend": backend}, f"golden cases {index % 3}", CHECK_SECONDS, parallel=True,
                 )  # fmt: skip
         if self._s.device.startswith("cuda"):
             yield from self._compiled_kernels()
@@ -128,17 +129,24 @@ class _Plan:
                 seen.add(variant)
                 yield Measurement(
                     key("kernels", name, preset), "checks", "compile", {"preset": preset, "name": name},
-                    f"kernels of {_family(name)} {preset}", self._start, parallel=True,
+                    f"kernels of {_family(name)} {preset}", CHECK_SECONDS, parallel=True,
                 )  # fmt: skip
 
     def ceilings(self) -> Iterator[Measurement]:
-        yield Measurement("ceilings", "ceilings", "ceilings", {}, "ceilings", self._start + 3.0)
+        # By the process that comes next anyway.
+        first = _ordered(self._s.presets, PREFILL_FIRST)[0]
+        yield Measurement("ceilings", "ceilings", "ceilings", {}, first, 3.0)
 
-    def prefill(self, presets: Sequence[str]) -> Iterator[Measurement]:
+    def models(self, presets: Sequence[str]) -> Iterator[Measurement]:
+        """Reading and writing."""
         for preset in presets:
             for length in sorted(self._s.lengths, reverse=True):
                 for model in ("ttt-e2e", "full-attention"):
-                    yield self._reading(preset, length, model, {}, f"prefill {preset} {model}")
+                    yield self._reading(preset, length, model, {}, preset)
+                if length == max(self._s.lengths):
+                    yield self._writing(preset)
+            if preset == self._s.long_preset:
+                yield self._long_text(preset)
 
     def _reading(self, preset: str, length: int, model: str, more: dict[str, Any], group: str) -> Measurement:
         config = TTTConfig.preset(preset)
@@ -148,16 +156,18 @@ class _Plan:
         runs = 2 + min(4.0, max(0.0, 2.0 / once - 1))
         return Measurement(
             key("prefill", preset, length, model, *more.values()), "prefill", f"prefill {model}",
-            {"preset": preset, "length": length, **more}, group, self._start + 2.0 + runs * once, None,
+            {"preset": preset, "length": length, **more}, group, 2.0 + runs * once, None,
         )  # fmt: skip
 
-    def long_text(self) -> Iterator[Measurement]:
-        preset, length = self._s.long_preset, self._s.long
+    def _writing(self, preset: str) -> Measurement:
+        return Measurement(key("decode", preset), "decode", "decode", {"preset": preset}, preset, 5.0, None)
+
+    def _long_text(self, preset: str) -> Measurement:
+        length = self._s.long
         seconds = prefill_flops_per_token(TTTConfig.preset(preset), length) * length / self._rate
-        yield Measurement(
-            key("prefill", preset, length, "long text"), "prefill", "long text",
-            {"preset": preset, "length": length}, "long text", self._start + 4.0 + 2 * seconds, None,
-        )  # fmt: skip
+        arguments = {"preset": preset, "length": length}
+        name = key("prefill", preset, length, "long text")
+        return Measurement(name, "prefill", "long text", arguments, preset, 4.0 + 2 * seconds, None)
 
     def train(self, presets: Sequence[str]) -> Iterator[Measurement]:
         # The shortest and the longest first: they have bars.
@@ -165,7 +175,7 @@ class _Plan:
         for preset in presets:
             for length in dict.fromkeys((lengths[0], lengths[-1], *lengths)):
                 for model in ("ttt-e2e", "full-attention"):
-                    yield self._learning(preset, length, model, {}, f"train {preset} {model}")
+                    yield self._learning(preset, length, model, {}, f"train {preset}")
 
     def _learning(
         self, preset: str, length: int, model: str, more: dict[str, Any], group: str
@@ -178,28 +188,15 @@ class _Plan:
         return Measurement(
             key("train", preset, length, model, *more.values()), "train", f"train {model}",
             {"preset": preset, "length": length, "tokens_per_batch": self._s.tokens_per_batch, **more}, group,
-            self._start + 4.0 + min(seconds, 14.0 + seconds * length / tokens), None,
+            4.0 + min(seconds, 14.0 + seconds * length / tokens), None,
         )  # fmt: skip
-
-    def decode(self, presets: Sequence[str]) -> Iterator[Measurement]:
-        for preset in presets:
-            arguments = {"preset": preset}
-            yield Measurement(
-                key("decode", preset),
-                "decode",
-                "decode",
-                arguments,
-                f"decode {preset}",
-                self._start + 6.0,
-                None,
-            )
 
     def operators(self) -> Iterator[Measurement]:
         for preset in _ordered(self._s.presets, PREFILL_FIRST):
             for name in names():
                 yield Measurement(
                     key("operators", preset, name), "operators", "operator", {"preset": preset, "name": name},
-                    f"operators {preset}", 3.0, (name,),
+                    "operators", 3.0, (name,),
                 )  # fmt: skip
 
     def compiled(self) -> Iterator[Measurement]:
@@ -223,10 +220,10 @@ class _Plan:
         preset, length = OFFICIAL
         if preset not in self._s.presets or length not in self._s.lengths:
             preset, length = self._s.presets[0], min(self._s.lengths)
-        yield Measurement(
-            key("official", preset, length), "official", "official",
-            {"preset": preset, "length": length, "path": self._s.official}, "official", 75.0, None,
-        )  # fmt: skip
+        arguments = {"preset": preset, "length": length, "path": self._s.official}
+        seconds = OFFICIAL_SECONDS if self._s.official else 0.0
+        name = key("official", preset, length)
+        yield Measurement(name, "official", "official", arguments, "official", seconds, None)
 
 
 def _ordered(presets: Sequence[str], first: Sequence[str]) -> list[str]:
@@ -239,6 +236,11 @@ def _family(case: str) -> str:
     if case in ("swa", "swa_jvp"):
         return case
     return next((name for name in ("swiglu", "linear_ce") if case.startswith(name)), "the others")
+
+
+def start_seconds(settings: Settings) -> float:
+    """Until a process can begin to measure."""
+    return START_SECONDS.get(settings.device.split(":")[0], 2.0)
 
 
 def in_order(measurements: Sequence[Measurement]) -> list[list[Measurement]]:

@@ -22,7 +22,7 @@ from engine.device import available_bytes
 
 SHARE_OF_MEMORY = 0.7
 MOST_SECONDS = 12.0
-"""After so many no further micro-batch is begun: the whole batch's time is that of those that were, times their share."""
+"""After so many no further micro-batch is begun; the batch's time is then counted from those that were measured."""
 
 SAME_LOSS = 0.01
 """Two ways to compute a loss in 16 bits may differ by such a part of it."""
