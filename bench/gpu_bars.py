@@ -48,7 +48,7 @@ class Bar:
         try:
             value = self.figure(results)
         except NotMeasured as error:
-            return "not measured", f"not measured ({error})"
+            return "not measured", str(error)
         text = self.unit.format(value)
         if self.note is not None:
             text += f" ({self.note(results)})"

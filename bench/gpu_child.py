@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +54,27 @@ def main() -> None:
             tell(key=m["key"], status="skipped", reason="no time left")
             continue
         tell(key=m["key"], status="begun")
-        start = time.perf_counter()
-        try:
-            found = {"status": "measured"} | TASKS[m["task"]](context, **m["arguments"])
-        except Wrong as error:
-            found = {"status": "wrong", "reason": str(error)}
-        except gpu_official.Unavailable as error:
-            found = {"status": "skipped", "reason": str(error)}
-        except torch.OutOfMemoryError:
-            found = {"status": "failed", "reason": "out of memory"}
-        except (RuntimeError, ValueError) as error:
-            words = " ".join(str(error).split())[:300]
-            found = {"status": "failed", "reason": words or type(error).__name__}
-        tell(key=m["key"], **found, took=time.perf_counter() - start)
+        tell_of(context, m["key"], m["task"], m["arguments"], tell)
         release_memory(device)
+
+
+def tell_of(
+    context: Context, key: str, task: str, arguments: dict[str, Any], tell: Callable[..., None]
+) -> None:
+    """Does one measurement, and tells its status with what was found, or why nothing was."""
+    start = time.perf_counter()
+    try:
+        found = {"status": "measured"} | TASKS[task](context, **arguments)
+    except Wrong as error:
+        found = {"status": "wrong", "reason": str(error)}
+    except gpu_official.Unavailable as error:
+        found = {"status": "skipped", "reason": str(error)}
+    except torch.OutOfMemoryError:
+        found = {"status": "failed", "reason": "out of memory"}
+    except (RuntimeError, ValueError) as error:
+        words = " ".join(str(error).split())[:300]
+        found = {"status": "failed", "reason": words or type(error).__name__}
+    tell(key=key, **found, took=time.perf_counter() - start)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ def step(
     sequences = max(1, tokens_per_batch // length)
     tokens = random_tokens(model.config, sequences, length + 1, device)
     model.zero_grad()
+    release_memory(device)
     room = SHARE_OF_MEMORY * _free(context, model)
     size = max(
         n for n in range(1, sequences + 1) if sequences % n == 0 and (n == 1 or n * sequence_bytes <= room)
