@@ -25,6 +25,7 @@ import torch
 from bench import options
 from bench.gpu_jobs import run_group, run_side_by_side
 from bench.gpu_plan import STAGES, Measurement, Settings, in_order, plan
+from bench.gpu_prefill import PARTS
 from bench.gpu_report import write_report
 from bench.gpu_store import CHECKOUT, Store, folder_name, identity
 from bench.output import progress
@@ -195,14 +196,16 @@ def chosen_settings(args: argparse.Namespace, device: torch.device) -> Settings:
     if args.long_preset not in presets:
         raise ValueError(f"--long-preset={args.long_preset!r} is not among --presets={args.presets}")
     options.at_least_one(tokens_per_batch=args.tokens_per_batch, long=args.long)
-    for name in (*presets, *train_presets, args.long_preset):
+    for name in (*presets, *train_presets):
         size = TTTConfig.preset(name).mini_batch_size
-        for option, count in [("--lengths", n) for n in lengths] + [("--long", args.long // 64)]:
-            if count % size and (option == "--lengths" or name == args.long_preset):
-                raise ValueError(
-                    f"{option} is not accepted: {count} is not a multiple of the mini-batch of {name}, {size}"
-                    + (" (--long is read in 64 parts)" if option == "--long" else "")
-                )
+        for length in lengths:
+            if length % size:
+                raise ValueError(f"--lengths: {length} is not a multiple of the mini-batch of {name}, {size}")
+    size = PARTS * TTTConfig.preset(args.long_preset).mini_batch_size
+    if args.long % size:
+        raise ValueError(
+            f"--long={args.long} is not a multiple of {size}: {PARTS} parts of mini-batches of {args.long_preset}"
+        )
     if args.official is not None and not (Path(args.official) / "ttt" / "model").is_dir():
         raise ValueError(
             f"--official={args.official!r} is no checkout of the official code: it has no ttt/model"

@@ -127,4 +127,5 @@ def named_as_there(model: TTTModel) -> dict[str, Tensor]:
         rows = slice(i * d, (i + 1) * d)
         found[f"{_BLOCKS}seq_modeling_block.{name}.weight"] = stacked(blocks, "w_qkv", rows)
     found |= {f"{_BLOCKS}{there}.weight": stacked(blocks, name) for name, there in _SHARED.items()}
-    return found | {f"{_PRIME}{there}.weight": stacked(suffix, name) for name, there in _FAST.items()}
+    fast = _FAST if suffix else {}
+    return found | {f"{_PRIME}{there}.weight": stacked(suffix, name) for name, there in fast.items()}

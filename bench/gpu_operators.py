@@ -38,9 +38,9 @@ def measure(context: Context, preset: str, name: str) -> dict[str, Any]:
         try:
             orders[order] = _order(made, order, backend, context.device)
         except torch.OutOfMemoryError:
-            orders[order] = {"reason": "out of memory"}
+            orders[order] = {"right": True, "reason": "out of memory"}
         release_memory(context.device)
-    return {"backend": backend, "orders": orders}
+    return {"backend": backend, "green": all(found["right"] for found in orders.values()), "orders": orders}
 
 
 def compile_kernels(context: Context, preset: str, name: str) -> dict[str, Any]:
@@ -62,8 +62,8 @@ def _order(made: Case, order: str, backend: str, device: torch.device) -> dict[s
     error, tolerance = max(
         errors(made, order, backend, device, given, results), key=lambda pair: pair[0] / pair[1]
     )
-    found: dict[str, Any] = {"error": error, "tolerance": tolerance}
-    if not error <= tolerance:
+    found: dict[str, Any] = {"error": error, "tolerance": tolerance, "right": error <= tolerance}
+    if not found["right"]:
         return found | {"reason": f"wrong: error {error:.1e}, at most {tolerance:.1e}"}
     used = _bytes(given) + _bytes(results)
     del results
