@@ -97,11 +97,17 @@ def run(args: argparse.Namespace) -> int:
 def measure(
     config: TTTConfig, batch: int, prompt: int, count: int, device: torch.device, backend: str
 ) -> float:
-    """The median time of a decoding step, in seconds."""
+    """The median time of a decoding step of a random model, in seconds."""
     model = TTTModel(config, dtype=config.torch_dtype, device=device)
+    return median_seconds(model, batch, prompt, count, backend)
+
+
+def median_seconds(model: TTTModel, batch: int, prompt: int, count: int, backend: str | None) -> float:
+    """The median time of `count` greedy decoding steps after a prompt and a warm-up, in seconds."""
+    device = model.final_norm.device
     state = model.init_state(batch)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (batch, prompt), generator=generator).to(device)
+    tokens = torch.randint(model.config.vocab_size, (batch, prompt), generator=generator).to(device)
     token = model.prefill(tokens, state, backend=backend).logits.argmax(dim=-1)
     times = []
     for _ in range(WARM_UP + count):

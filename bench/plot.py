@@ -40,7 +40,7 @@ def plot_positions(runs: Sequence[Mapping[str, Any]], path: str, title: str) -> 
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_lengths(rows: Sequence[Mapping[str, Any]], path: str, title: str, column: str) -> None:
@@ -79,10 +79,11 @@ def plot_lengths(rows: Sequence[Mapping[str, Any]], path: str, title: str, colum
     handles += [Line2D([], [], color="black", linestyle=styles[name], label=name) for name in orders]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(title, fontsize="medium")
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Any, path: str) -> None:
+def save(figure: Any, path: str) -> None:
+    """Writes a figure, whole or not at all, and lets it go."""
     from matplotlib import pyplot
 
     with atomic_write(path) as temporary:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import TypeVar
 
 import torch
@@ -59,3 +60,31 @@ def repeated_seconds(work: Callable[[], object], device: torch.device, repeat: i
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3 / calls)
     return times
+
+
+def rotating(works: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """Each call does the next of the works: with inputs of their own, what the caches hold is another's."""
+    turns = cycle(works)
+    return lambda: next(turns)()
+
+
+def replayed_seconds(works: Sequence[Callable[[], object]], device: torch.device, repeat: int) -> list[float]:
+    """`repeated_seconds` of warm works in rotation, replayed from a CUDA graph: without the launches' own time.
+
+    Raises RuntimeError where they cannot be captured. Elsewhere than on CUDA there is nothing to replay.
+    """
+    if device.type != "cuda":
+        return repeated_seconds(rotating(works), device, repeat)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for work in works:
+            work()
+    graph.replay()
+    return [seconds / len(works) for seconds in repeated_seconds(graph.replay, device, repeat)]
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Bytes that the GPU's level-2 cache holds; 0 for other devices, whose caches nobody asks for."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)

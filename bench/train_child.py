@@ -105,15 +105,22 @@ def check(job: Job) -> dict[str, Any]:
     progress(".")
     _step(exact, tokens, replace(job, backend="reference", method="graph", checkpoint_blocks=False))
     progress(".")
+    found = compared(model, exact, dtype)
+    worst = "worst" if dtype in WORST_PARAMETER else "mean"
+    progress(
+        f" {shape[0]} x {shape[1] - 1} tokens, {worst} relative error of the gradients "
+        f"{found['error'] or math.nan:.1e} (at most {found['tolerance']:.0e})\n"
+    )
+    return found
+
+
+def compared(model: TTTModel, exact: TTTModel, dtype: str) -> dict[str, Any]:
+    """How far a model's gradients in `dtype` are from the exact ones, and whether too far."""
     differences, norms = zip(*map(_difference, model.parameters(), exact.parameters()), strict=True)
     worst = dtype in WORST_PARAMETER
     difference, norm = torch.cat(differences), torch.cat(norms)
     error = float((difference / norm).max() if worst else difference.norm() / norm.norm())
     tolerance = WORST_PARAMETER[dtype] if worst else WHOLE_GRADIENT[dtype]
-    progress(
-        f" {shape[0]} x {shape[1] - 1} tokens, {'worst' if worst else 'mean'} relative error of the gradients "
-        f"{error:.1e} (at most {tolerance:.0e})\n"
-    )
     # A NaN compares as false, and so is red.
     return {
         "green": error <= tolerance,

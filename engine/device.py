@@ -9,13 +9,12 @@ import torch
 
 
 def checked_device(name: str) -> torch.device:
-    """The torch device of that name; a ValueError where there is no such device here."""
+    """The torch device of that name, with its number; a ValueError where there is no such device here."""
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        # `torch.cuda.set_device` and comparisons with tensors' devices want the number.
+        return torch.empty(0, device=torch.device(name)).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device={name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def available_bytes(device: torch.device) -> int:

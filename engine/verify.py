@@ -71,35 +71,52 @@ class Results:
     prefill_fast: Fast
 
 
-def verify(case: GoldenCase, backend: str | None = None, **options: Any) -> list[Check]:
+def verify(
+    case: GoldenCase,
+    backend: str | None = None,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> list[Check]:
     """Runs `case` on `backend` (None: the best that can run) and compares every group of its results.
 
-    `options` are those of `TTTModel.loss`. Raises `ValueError` for a backend that cannot run here.
+    `options` are those of `TTTModel.loss`. Raises `ValueError` for a backend that cannot run on the device.
     """
-    return compare(case, compute(case, backend, **options))
+    return compare(case, compute(case, backend, device, **options))
 
 
-def compute(case: GoldenCase, backend: str | None = None, **options: Any) -> Results:
-    """Runs `case` by `loss`, its gradients included, and by `prefill`."""
-    model = TTTModel(case.config)
+def compute(
+    case: GoldenCase,
+    backend: str | None = None,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> Results:
+    """Runs `case` by `loss`, its gradients included, and by `prefill`; the results are brought to the CPU."""
+    model = TTTModel(case.config, device=device)
     model.load_state_dict(case.weights)
-    out = loss(model, case.tokens, case.step, backend=backend, keep_inner_grads=2, **options)
+    tokens = case.tokens.to(device)
+    out = loss(model, tokens, case.step, backend=backend, keep_inner_grads=2, **options)
     out.loss.backward()
     state = model.init_state(batch_size=1)
     nll = None
     if not case.config.ilr_warmup_steps:
-        nll = model.prefill(case.tokens, state, backend=backend).nll[:, 1:]
+        nll = model.prefill(tokens, state, backend=backend).nll[:, 1:].cpu()
     return Results(
-        loss=out.loss.detach(),
-        nll=out.nll.detach(),
-        meta_grads={name: _required(name, parameter.grad) for name, parameter in model.named_parameters()},
-        prefix_output=out.prefix_output.detach(),
-        inner_norms=out.inner_norms,
-        inner_grads=out.inner_grads,
-        final_fast=tuple((g.detach(), u.detach(), d.detach()) for g, u, d in out.fast),
+        loss=out.loss.detach().cpu(),
+        nll=out.nll.detach().cpu(),
+        meta_grads={
+            name: _required(name, parameter.grad).cpu() for name, parameter in model.named_parameters()
+        },
+        prefix_output=out.prefix_output.detach().cpu(),
+        inner_norms=out.inner_norms.cpu(),
+        inner_grads=[_on_cpu(grads) for grads in out.inner_grads],
+        final_fast=_on_cpu(out.fast),
         prefill_nll=nll,
-        prefill_fast=state.fast_weights(),
+        prefill_fast=_on_cpu(state.fast_weights()),
     )
+
+
+def _on_cpu(fast: Fast) -> Fast:
+    return tuple((g.detach().cpu(), u.detach().cpu(), d.detach().cpu()) for g, u, d in fast)
 
 
 def compare(case: GoldenCase, results: Results) -> list[Check]:

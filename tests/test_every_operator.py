@@ -84,6 +84,18 @@ def test_every_kernel_backend_serves_every_order() -> None:
             assert operator.orders(backend) == operator.orders("reference")
 
 
+@pytest.mark.parametrize("name", tuple(EXAMPLES))
+def test_the_formulas_of_a_gradient_are_what_autograd_makes_of_the_forward(name: str) -> None:
+    example = EXAMPLES[name]
+    leaves = [t.clone().requires_grad_() for t in example.leaves()]
+    outputs = example.on("reference")(*leaves)
+    d_outputs = flat(example.arguments("backward")[: len(example.operator.outputs)])
+    expected = torch.autograd.grad(outputs, leaves, d_outputs)
+    found = flat(run(example, "reference", "backward"))
+    for value, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, truth)
+
+
 @pytest.mark.parametrize(("name", "backend"), pairs(tuple(EXAMPLES), KERNELS, slow=()))
 def test_within_budget(name: str, backend: str) -> None:
     within_budget(name, backend, torch.float32)

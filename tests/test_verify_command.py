@@ -72,6 +72,8 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.Captu
     assert "no such file" in one_line(capsys)
     assert main(["verify", str(CASE), "--backend", "abacus"]) == 2
     assert "abacus" in one_line(capsys)
+    assert main(["verify", str(CASE), "--device", "nothing"]) == 2
+    assert "nothing" in one_line(capsys)
 
 
 def test_a_backend_that_cannot_run_here_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

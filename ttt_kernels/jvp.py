@@ -100,7 +100,8 @@ def composed(
         if any(of_inputs):
             of_all = [whole.get(name, value) for name, value in zip(base.params, settings, strict=True)]
             direct = of["backward"](d_out, *inputs, *rest[:state], *of_all, of_inputs)
-            through = of["double_backward"](*dots, d_tangent, *every, (False, *of_inputs))[1:]
+            # Without what base may carry, which nobody wants.
+            through = of["double_backward"](*dots, d_tangent, *every, (False, *of_inputs))[1 : 1 + n_diff]
             to_inputs = tuple(total(a, b) for a, b in zip(direct, through, strict=True))
         if any(of_dots):
             to_dots = of["backward"](d_tangent, *every, of_dots)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from engine.device import checked_device
 from engine.golden import carried_cases, load_golden
 from engine.loss import METHODS
 from engine.verify import Check, verify
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files", nargs="*", type=Path, metavar="FILE", help="default: the cases in the package"
     )
     parser.add_argument("--backend", metavar="NAME", help="default: the best that can run")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="(default: cpu)")
     parser.add_argument(
         "--method", choices=METHODS, default=METHODS[0], help="of the meta-gradient (default: %(default)s)"
     )
@@ -25,11 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the worst error of every group of every case against its tolerance; 0 if all hold, else 1."""
+    device = checked_device(args.device)
     cases = [load_golden(path) for path in args.files or carried_cases()]
     failed = 0
     for case in cases:
         # Cases are short: with a longer stretch there would be no snapshot to go back to.
-        checks = verify(case, args.backend, method=args.method, snapshot_every=1)
+        checks = verify(case, args.backend, device, method=args.method, snapshot_every=1)
         print(f"{case.path.name} ({case.config.compute_dtype})")
         print(_table(checks), flush=True)
         failed += any(not check.ok for check in checks)

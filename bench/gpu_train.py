@@ -1,0 +1,236 @@
+"""How long a training step takes: a loss and every gradient of so many tokens, TTT-E2E beside full attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import train_child
+from bench.flops import training_flops_per_token
+from bench.gpu_context import Context, Wrong, random_model, random_tokens
+from bench.gpu_transformer import Transformer, fastest_attention
+from bench.memory import PeakMemory, release_memory
+from bench.timing import timed
+from engine import TTTConfig, TTTModel
+from engine.device import available_bytes
+
+SHARE_OF_MEMORY = 0.7
+MOST_SECONDS = 12.0
+"""After so many no further micro-batch is begun; the batch's time is then counted from those that were measured."""
+
+SAME_LOSS = 0.01
+"""Two ways to compute a loss in 16 bits may differ by such a part of it."""
+
+Loss = Callable[[Tensor], Tensor]
+"""Of tokens (B, T + 1)."""
+
+
+def ttt(context: Context, preset: str, length: int, tokens_per_batch: int) -> dict[str, Any]:
+    """A step of TTT-E2E by the engine's default method, the blocks before the fast ones computed again."""
+    config = TTTConfig.preset(preset, compute_dtype=context.dtype)
+    check = checked(context, config, engine_loss)
+    model = context.model(config, _stored(config))
+    found = step(context, model, engine_loss(model), length, tokens_per_batch, ttt_bytes(config, length))
+    return found | {"check": check, "flops": training_flops_per_token(config, length) * found["tokens"]}
+
+
+def full_attention(
+    context: Context, preset: str, length: int, tokens_per_batch: int, style: str = "kernels"
+) -> dict[str, Any]:
+    """A step of a full-attention Transformer: nothing computed again where it fits, else all but attention."""
+    config = TTTConfig.preset(preset, compute_dtype=context.dtype).as_full_attention(length)
+
+    def loss(model: TTTModel, recompute: bool = True) -> Loss:
+        attention = fastest_attention(model, 1, min(length, model.config.mini_batch_size), learns=True)
+        return lambda tokens: Transformer(model, attention).loss(tokens, recompute=recompute)
+
+    check = checked(context, config, loss)
+    model = context.model(config, _stored(config))
+    attention = fastest_attention(model, 1, length, learns=True)
+    release_memory(context.device)
+    recompute = full_attention_bytes(config, length, recompute=False) > SHARE_OF_MEMORY * _free(
+        context, model
+    )
+    while True:
+        transformer = Transformer(model, attention, style)
+        needed = full_attention_bytes(config, length, recompute=recompute)
+        by = partial(transformer.loss, recompute=recompute)
+        same = None if style == "kernels" else partial(Transformer(model, attention).loss, recompute=True)
+        try:
+            found = step(context, model, by, length, tokens_per_batch, needed, same)
+            break
+        except torch.OutOfMemoryError:
+            if recompute:
+                raise
+            recompute = True
+    return found | {
+        "check": check,
+        "flops": training_flops_per_token(config, length) * found["tokens"],
+        "attention": attention.name,
+        "attention_seconds": attention.seconds,
+        "style": style,
+        "recompute": "all but attention" if recompute else "nothing",
+    }
+
+
+def step(
+    context: Context,
+    model: TTTModel,
+    loss: Loss,
+    length: int,
+    tokens_per_batch: int,
+    sequence_bytes: float,
+    same: Loss | None = None,
+) -> dict[str, Any]:
+    """Seconds of a batch by accumulation of micro-batches, as many sequences each as fit by `sequence_bytes`.
+
+    `same` is for a loss that is compiled, for one length: it gives the same values by other means.
+    """
+    device = context.device
+    sequences = max(1, tokens_per_batch // length)
+    tokens = random_tokens(model.config, sequences, length + 1, device)
+    model.zero_grad()
+    release_memory(device)
+    room = SHARE_OF_MEMORY * _free(context, model)
+    size = max(
+        n for n in range(1, sequences + 1) if sequences % n == 0 and (n == 1 or n * sequence_bytes <= room)
+    )
+    while True:
+        try:
+            times, peak = _accumulate(model, loss, tokens, size, device, same)
+            break
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = next(n for n in range(size - 1, 0, -1) if sequences % n == 0)
+            release_memory(device)
+    count = sequences // size
+    # The first one of several finds memory for those after it.
+    counted = times[1:] or times
+    seconds = sum(counted) / len(counted) * count
+    model.zero_grad()
+    return {
+        "seconds": seconds,
+        "tokens": sequences * length,
+        "sequences": sequences,
+        "micro_batch": size,
+        "micro_batches_measured": len(counted),
+        "micro_batches": count,
+        "runs": times,
+        "tokens_per_s": sequences * length / seconds,
+        "extra_memory_bytes": peak,
+    }
+
+
+def _accumulate(
+    model: TTTModel, loss: Loss, tokens: Tensor, size: int, device: torch.device, same: Loss | None
+) -> tuple[list[float], int]:
+    """Seconds of micro-batches, one after the other, and the most memory beside the model's."""
+    micro = tokens.split(size)
+
+    def one(part: Tensor) -> Tensor:
+        # As accumulation has it: the mean over the whole batch.
+        value = loss(part) * (len(part) / len(tokens))
+        value.backward()
+        return value.detach()
+
+    if same is None:
+        short = min(tokens.shape[1], 3 * model.config.mini_batch_size + 1)
+        one(micro[0][:, :short])
+    else:
+        found = float(one(micro[0]))
+        with torch.no_grad():
+            expected = float(same(micro[0]) * (size / len(tokens)))
+        if not abs(found - expected) <= SAME_LOSS * abs(expected):
+            raise Wrong(f"the compiled baseline's loss is {found}, by this library's kernels {expected}")
+    release_memory(device)
+    reserve_memory(device)
+    memory = PeakMemory(device)
+    memory.restart()
+    times: list[float] = []
+    # Twice where all is one micro-batch and takes little.
+    turns = micro if len(micro) > 1 else micro * 2
+    for part in turns:
+        value, taken = timed(lambda part=part: one(part), device)
+        if not math.isfinite(float(value)):
+            raise Wrong("the loss is not finite")
+        times.append(taken)
+        if sum(times) + taken > MOST_SECONDS:
+            break
+    return times, memory.peak_bytes()
+
+
+def reserve_memory(device: torch.device) -> None:
+    """Has torch's allocator ask the GPU for what a step may need, so that a first step's time is the model's."""
+    if device.type == "cuda":
+        torch.empty(int(SHARE_OF_MEMORY * available_bytes(device)), dtype=torch.uint8, device=device)
+
+
+def engine_loss(model: TTTModel) -> Loss:
+    """The engine's own, with its defaults."""
+    return lambda tokens: model.loss(tokens).loss
+
+
+def ttt_bytes(config: TTTConfig, length: int) -> float:
+    """About what a sequence's step holds: vectors and factors of every token, and its own fast weights."""
+    d, i, fast = config.hidden_size, config.intermediate_size, config.suffix_layers
+    vectors = (config.num_layers + fast + 3) * d + fast * (2 * d + 3 * i)
+    return 1.3 * length * vectors * config.torch_dtype.itemsize + 20 * fast * 3 * d * i
+
+
+def full_attention_bytes(config: TTTConfig, length: int, *, recompute: bool) -> float:
+    """About what a sequence's step holds: all results of its blocks, or inputs and attention alone."""
+    d, i = config.hidden_size, config.intermediate_size
+    a_block = 3 * d if recompute else 14 * d + 4 * i
+    one_block = 14 * d + 5 * i
+    return length * (config.num_layers * a_block + one_block + 6 * d) * config.torch_dtype.itemsize
+
+
+def checked(context: Context, config: TTTConfig, loss: Callable[[TTTModel], Loss]) -> dict[str, float]:
+    """How far a short problem's gradients are from those in float64; once for each model.
+
+    Raises Wrong where that is too far.
+    """
+    key = ("gradient", replace(config, rope_theta=1.0))
+    if key not in context.checked:
+        found = gradient_error(context, config, loss)
+        if not found["green"]:
+            raise Wrong(
+                f"gradients are off by {found['error']} from those in float64, at most {found['tolerance']}"
+            )
+        context.checked[key] = {"error": found["error"], "tolerance": found["tolerance"]}
+        release_memory(context.device)
+    return context.checked[key]
+
+
+def gradient_error(context: Context, config: TTTConfig, loss: Callable[[TTTModel], Loss]) -> dict[str, Any]:
+    """As `bench/train.py` checks gradients, on models made on the device."""
+    few = train_child.short(config)
+    model = random_model(few, _stored(few), context.device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(few.torch_dtype))
+    exact = random_model(replace(few, compute_dtype="float64"), torch.float64, context.device)
+    exact.load_state_dict(model.state_dict())
+    shape = (train_child.CHECK_BATCH, train_child.CHECK_STEPS * few.mini_batch_size + 1)
+    tokens = random_tokens(few, *shape, context.device)
+    loss(model)(tokens).backward()
+    exact.loss(tokens, backend="reference", method="graph", checkpoint_blocks=False).loss.backward()
+    return train_child.compared(model, exact, few.compute_dtype)
+
+
+def _stored(config: TTTConfig) -> torch.dtype:
+    """Weights are kept in float32 at least, as an optimizer needs them."""
+    return torch.promote_types(config.torch_dtype, torch.float32)
+
+
+def _free(context: Context, model: TTTModel) -> float:
+    """Bytes for a step beside gradients of all parameters and copies of them in the compute dtype."""
+    each = model.final_norm.dtype.itemsize + model.config.torch_dtype.itemsize
+    return available_bytes(context.device) - each * model.num_parameters

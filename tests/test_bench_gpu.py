@@ -1,0 +1,612 @@
+"""bench/gpu.py: what it checks, what it keeps, what it refuses, and what it makes of its results."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bench import gpu, gpu_child, gpu_jobs, gpu_operators, gpu_plan, gpu_prefill, gpu_store, machine
+from bench.gpu_bars import BARS
+from bench.gpu_cases import Sizes, case, names
+from bench.gpu_checks import CPU, SIZES, operator
+from bench.gpu_context import Context, Wrong, random_model, random_tokens, with_config
+from bench.gpu_official import Unavailable, named_as_there
+from bench.gpu_official import measure as measure_official
+from bench.gpu_orders import errors, work
+from bench.gpu_plan import Measurement, Settings, in_order, plan
+from bench.gpu_prefill import checked, same_logits
+from bench.gpu_train import engine_loss, gradient_error, step
+from bench.gpu_transformer import Attention, Transformer
+from engine import TTTConfig, TTTModel
+from engine import config as configs
+from engine.golden import carried_cases, load_golden
+from ttt_kernels.registry import OPERATORS
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_layers": 2,
+    "num_heads": 2,
+    "suffix_layers": 1,
+    "mini_batch_size": 16,
+    "window": 24,
+    "bos_token_id": None,
+}
+OPTIONS = [
+    "--device", "cpu", "--dtype", "float32", "--presets", "small", "--train-presets", "small",
+    "--lengths", "32,64", "--tokens-per-batch", "64", "--long-preset", "small", "--long", "1024",
+    "--no-compiled-baselines", "--minutes", "5",
+]  # fmt: skip
+
+
+def in_process(
+    group: Sequence[Measurement], settings: Settings, deadline: float, put: gpu_jobs.Put, *_: Any
+) -> None:
+    """As a child process does it."""
+    context = Context(torch.device(settings.device), settings.dtype)
+    for m in group:
+        if time.time() + m.seconds > deadline:
+            put(m.key, {"status": "skipped", "reason": "no time left"})
+            continue
+        gpu_child.tell_of(context, m.key, m.task, m.arguments, lambda key, **found: put(key, found))
+
+
+def all_in_process(
+    groups: Sequence[list[Measurement]], settings: Settings, deadline: float, put: gpu_jobs.Put
+) -> None:
+    for group in groups:
+        in_process(group, settings, deadline, put)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> list[str]:
+    """A small preset, small checks, no ceilings and no processes; gives the keys of all that is begun."""
+    monkeypatch.setitem(configs._PRESETS, "small", SMALL)
+    monkeypatch.setattr(machine, "product_rate", lambda dtype, device: 1e11)
+    monkeypatch.setattr(machine, "copy_bandwidth", lambda device: 1e10)
+    monkeypatch.setitem(SIZES, "64", Sizes(2, 7, 5, 16, 16, 2, 8, 11, 1))
+    monkeypatch.delitem(SIZES, "80")
+    one = [path for path in carried_cases() if path.stem == "swa-full"]
+    monkeypatch.setattr(gpu_plan, "golden_files", lambda: one)
+    monkeypatch.setattr(gpu_plan, "names", lambda: ["swa", "swiglu", "rope", "clipped_sgd"])
+    monkeypatch.setattr(gpu_operators, "REPEAT", 1)
+    monkeypatch.setattr(gpu_prefill, "MOST_RUNS", 2)
+    begun: list[str] = []
+
+    def told(context: Context, key: str, *rest: Any) -> None:
+        begun.append(key)
+        right(context, key, *rest)
+
+    right = gpu_child.tell_of
+    monkeypatch.setattr(gpu_child, "tell_of", told)
+    monkeypatch.setattr(gpu, "run_group", in_process)
+    monkeypatch.setattr(gpu, "run_side_by_side", all_in_process)
+    return begun
+
+
+def results(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())["results"]
+    return found
+
+
+@pytest.mark.usefixtures("quick")
+def test_everything_is_checked_and_measured_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert gpu.main([*OPTIONS, "--output", str(tmp_path)]) == 0
+    found = results(tmp_path)
+    settings = Settings(
+        device="cpu", dtype="float32", backends=("cpu",), presets=("small",), train_presets=("small",),
+        lengths=(32, 64), long_preset="small", long=1024, compiled_baselines=False,
+    )  # fmt: skip
+    assert set(found) == {m.key for m in plan(settings)}
+    assert {k: r for k, r in found.items() if r["status"] != "measured"} == {
+        "official small 32": found["official small 32"]
+    }
+    assert found["official small 32"]["reason"] == "no checkout was given by --official"
+    own, other = (found[f"prefill small 64 {model}"] for model in ("ttt-e2e", "full-attention"))
+    for run in (own, other):
+        assert run["tokens_per_s"] == pytest.approx(64 / run["seconds"])
+        assert min(run["runs"]) <= run["seconds"] <= max(run["runs"])
+    assert other["attention"] == "sdpa-flash"
+    long = found["prefill small 1024 long text"]
+    seconds = long["seconds_by_part"]
+    assert len(seconds) == 64
+    assert long["late_over_early"] == pytest.approx(sum(seconds[60:]) / sum(seconds[1:5]))
+    trained = found["train small 32 ttt-e2e"]
+    assert (trained["sequences"], trained["tokens"]) == (2, 64)
+    for order in found["operators small swiglu"]["orders"].values():
+        assert order["flops"] > 0
+        assert order["error"] <= order["tolerance"]
+    text = (tmp_path / "summary.md").read_text()
+    assert "RED" not in text
+    assert "small 64 ttt-e2e" in text
+    assert f"sources {gpu_store.sources_hash()}" in text
+    for picture in ("prefill.png", "train.png", "long-text.png"):
+        assert f"({picture})" in text
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    # The bars are of other models.
+    assert capsys.readouterr().out.count("not measured") == len(BARS)
+
+
+def test_an_interruption_loses_nothing_and_the_next_run_goes_on(
+    quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = gpu_child.TASKS["decode"]
+
+    def interrupted(*arguments: Any, **more: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(gpu_child.TASKS, "decode", interrupted)
+    command = [*OPTIONS, "--stages", "prefill,decode", "--output", str(tmp_path)]
+    assert gpu.main(command) == 130
+    first = results(tmp_path)
+    assert "prefill small 64 full-attention" in first
+    assert "decode small" not in first
+    assert (tmp_path / "summary.md").exists()
+    monkeypatch.setitem(gpu_child.TASKS, "decode", decode)
+    quick.clear()
+    assert gpu.main(command) == 0
+    assert not set(quick) & set(first)
+    assert results(tmp_path) | first == results(tmp_path)
+    assert results(tmp_path)["decode small"]["status"] == "measured"
+    quick.clear()
+    assert gpu.main(command) == 0
+    assert quick == []
+    assert gpu.main([*command, "--again", "--stages", "decode"]) == 0
+    assert quick == ["decode small"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_speed_of_what_a_red_check_is_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = OPERATORS["rope"].kernels["cpu"]
+    right = kernels["backward"]
+
+    def wrong(*arguments: Any) -> tuple[Any, ...]:
+        return tuple(None if t is None else t * 1.01 for t in right(*arguments))
+
+    monkeypatch.setitem(kernels, "backward", wrong)
+    assert gpu.main([*OPTIONS, "--stages", "operators,decode", "--output", str(tmp_path)]) == 1
+    found = results(tmp_path)
+    assert found["checks rope cpu float32"]["green"] is False
+    for key in ("operators small rope", "decode small"):
+        assert found[key] == {"status": "refused", "reason": "checks rope cpu float32: red"}
+    assert found["operators small swiglu"]["status"] == "measured"
+    text = (tmp_path / "summary.md").read_text()
+    assert "| rope cpu float32 | **RED** |" in text
+    assert "not measured (checks rope cpu float32: red)" in text
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_has_no_time_is_said_to_have_none(tmp_path: Path) -> None:
+    assert gpu.main([*OPTIONS, "--minutes", "0.001", "--output", str(tmp_path)]) == 0
+    found = results(tmp_path)
+    assert found["checks swa cpu float32"] == {"status": "skipped", "reason": "no time left"}
+    assert found["decode small"]["status"] == "refused"
+    text = (tmp_path / "summary.md").read_text()
+    assert "not measured (no time left)" in text
+    assert "not measured (checks swa cpu float32: not made (no time left))" in text
+
+
+def test_results_of_other_sources_are_put_aside(tmp_path: Path) -> None:
+    facts = {"cpu": "x", "commit": "a", "changed": False, "sources": "1"}
+    store = gpu_store.Store(tmp_path, facts, {"dtype": "float32"})
+    store.put("ceilings", {"status": "measured"})
+    same = gpu_store.Store(tmp_path, facts | {"commit": "b"}, {"dtype": "float32"})
+    assert same.measured("ceilings")
+    for other_facts, settings in (
+        (facts, {"dtype": "bfloat16"}),
+        (facts | {"sources": "2"}, {"dtype": "float32"}),
+    ):
+        other = gpu_store.Store(tmp_path, other_facts, settings)
+        assert other.moved is not None
+        assert json.loads(other.moved.read_text())["results"] == {"ceilings": {"status": "measured"}}
+        assert not other.results
+        store.put("ceilings", {"status": "measured"})
+
+
+CHILD = """
+import json, os, signal, sys, time
+for m in json.load(sys.stdin)["measurements"]:
+    print(json.dumps({"key": m["key"], "status": "begun"}), flush=True)
+    if m["key"] == "crashes":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if m["key"] == "hangs":
+        time.sleep(600)
+    if m["key"] == "leaves":
+        sys.exit(3)
+    print(json.dumps({"key": m["key"], "status": "measured", "pid": os.getpid()}), flush=True)
+"""
+
+
+@pytest.fixture
+def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that does what its measurements are called."""
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    monkeypatch.setattr(gpu_jobs, "CHILD", str(script))
+
+
+def group_of(*keys: str) -> list[Measurement]:
+    return [Measurement(key, "prefill", "", {}, "group", 0.0) for key in keys]
+
+
+@pytest.mark.usefixtures("child")
+def test_a_process_takes_one_measurement_with_it_not_those_after_it() -> None:
+    found: dict[str, dict[str, Any]] = {}
+    keys = ("first", "crashes", "second", "leaves", "third")
+    gpu_jobs.run_group(group_of(*keys), Settings(device="cpu"), time.time() + 60, found.__setitem__)
+    assert set(found) == set(keys)
+    assert "SIGKILL" in found["crashes"]["reason"]
+    assert found["leaves"] == {"status": "failed", "reason": "the process ended with status 3"}
+    assert [found[k]["status"] for k in ("first", "second", "third")] == ["measured"] * 3
+    assert len({found[k]["pid"] for k in ("first", "second", "third")}) == 3
+
+
+@pytest.mark.usefixtures("child")
+def test_what_hangs_is_ended_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_jobs, "GRACE", 0.0)
+    found: dict[str, dict[str, Any]] = {}
+    put = found.__setitem__
+    gpu_jobs.run_group(group_of("first", "hangs", "second"), Settings(device="cpu"), time.time() + 4, put)
+    assert found["first"]["status"] == "measured"
+    assert found["hangs"]["reason"] == found["second"]["reason"] == "no time left"
+
+
+@pytest.mark.usefixtures("child")
+def test_an_interruption_ends_processes_side_by_side() -> None:
+    found: dict[str, dict[str, Any]] = {}
+
+    def put(key: str, result: dict[str, Any]) -> None:
+        found[key] = result
+        raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        gpu_jobs.run_side_by_side(
+            [group_of("first"), group_of("hangs")], Settings(device="cpu"), time.time() + 300, put
+        )
+    assert time.monotonic() - start < 60
+    assert list(found) == ["first"]
+
+
+def measured(**fields: Any) -> dict[str, Any]:
+    return {"status": "measured"} | fields
+
+
+def synthetic() -> dict[str, dict[str, Any]]:
+    """Every figure just on the better side of its bar."""
+    fast = {"attention": "sdpa-cudnn", "style": "kernels"}
+    return {
+        "ceilings": measured(product_flops_per_s=800e12, copy_bytes_per_s=4e12),
+        "prefill 3b 131072 ttt-e2e": measured(flops=2.0 * 440e12, seconds=2.0),
+        "prefill 3b 131072 full-attention": measured(seconds=5.0, **fast),
+        "prefill 3b 131072 full-attention compiled": measured(seconds=3.8, attention="sdpa-flash", style="compiled"),
+        "train 1b 8192 ttt-e2e": measured(seconds=2.2, tokens_per_s=1.0),
+        "train 1b 8192 full-attention": measured(seconds=1.0, **fast),
+        "train 1b 32768 ttt-e2e": measured(seconds=3.0, tokens_per_s=1.05),
+        "train 1b 131072 ttt-e2e": measured(seconds=3.0, tokens_per_s=1.0),
+        "train 1b 131072 full-attention": measured(seconds=3.9, **fast),
+        "prefill 125m 1048576 long text": measured(late_over_early=1.03, memory_late_over_early=1.01),
+        "prefill 125m 32768 ttt-e2e": measured(seconds=1.0),
+        "official 125m 32768": measured(seconds=3.0),
+        "decode 3b": measured(bytes_per_s=2.8e12),
+    }  # fmt: skip
+
+
+def test_bars_are_met_at_the_bar() -> None:
+    verdicts = [bar.verdict(synthetic()) for bar in BARS]
+    assert [figure for figure, _ in verdicts] == [
+        "55%",
+        "1.90x (sdpa-flash, compiled)",
+        "2.20x (sdpa-cudnn, kernels)",
+        "1.30x (sdpa-cudnn, kernels)",
+        "1.050 (1b 1.050)",
+        "1.030",
+        "1.010",
+        "3.00x",
+        "70%",
+    ]
+    assert [words for _, words in verdicts] == ["met", "met", "met, and the stretch", *["met"] * 6]
+
+
+def test_bars_are_not_met_behind_the_bar() -> None:
+    found = synthetic()
+    found["ceilings"] = measured(product_flops_per_s=801e12, copy_bytes_per_s=4.01e12)
+    found["prefill 3b 131072 full-attention"]["seconds"] = 3.79
+    found["train 1b 8192 ttt-e2e"]["seconds"] = 2.61
+    found["train 1b 131072 ttt-e2e"] = measured(seconds=3.01, tokens_per_s=0.99)
+    # The worst of the models counts.
+    found |= {f"train 125m {n} ttt-e2e": measured(tokens_per_s=1.0) for n in (32768, 131072)}
+    found["prefill 125m 1048576 long text"] = measured(late_over_early=1.031, memory_late_over_early=1.02)
+    found["official 125m 32768"]["seconds"] = 2.99
+    assert [bar.verdict(found)[1] for bar in BARS] == ["**not met**"] * len(BARS)
+
+
+def test_a_bar_without_its_figure_says_why() -> None:
+    share, over, *_ = (bar.verdict({}) for bar in BARS)
+    assert share == over == ("not measured", "prefill 3b 131072 ttt-e2e: not asked for yet")
+    found = synthetic()
+    found["prefill 3b 131072 ttt-e2e"] = {"status": "failed", "reason": "out of memory"}
+    assert BARS[0].verdict(found)[1] == "prefill 3b 131072 ttt-e2e: out of memory"
+    # Either of the baselines will do.
+    for kind in ("", " compiled"):
+        found = synthetic()
+        found[f"prefill 3b 131072 full-attention{kind}"] = {"status": "skipped", "reason": "no time left"}
+        assert BARS[1].verdict(found)[0].startswith("2.50x" if kind else "1.90x")
+    found["prefill 3b 131072 full-attention"] = {"status": "skipped", "reason": "no time left"}
+    assert "no time left" in BARS[1].verdict(found)[1]
+
+
+def test_the_plan_has_everything_that_was_asked_for() -> None:
+    keys = {m.key for m in plan(Settings(backends=("triton", "cuda")))}
+    for preset in ("125m", "1b", "3b"):
+        for length in (8192, 32768, 131072):
+            for model in ("ttt-e2e", "full-attention"):
+                assert {f"prefill {preset} {length} {model}", f"train {preset} {length} {model}"} <= keys
+        assert f"decode {preset}" in keys
+        for name in names():
+            assert f"operators {preset} {name}" in keys
+    for backend in ("triton", "cuda"):
+        assert f"checks golden e2e-base {backend}" in keys
+        for name in names():
+            assert {f"checks {name} {backend} {dtype}" for dtype in ("float32", "bfloat16")} <= keys
+    for bar in BARS:
+        bar.verdict({})
+    assert {k for k in synthetic()} <= keys
+
+
+def test_what_has_bars_comes_first() -> None:
+    groups = [g[0].group for g in in_order(plan(Settings(backends=("triton",)))) if not g[0].parallel]
+    assert groups[:3] == ["3b", "train 1b", "125m"]
+
+
+def test_every_operator_has_a_case() -> None:
+    sizes = SIZES["80"]
+    made = [case(name, sizes, torch.float32, CPU, 0) for name in names()]
+    assert {c.example.operator.name for c in made} == set(OPERATORS)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", names())
+def test_a_check_finds_a_wrong_result_of_any_order(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = Context(CPU, "float32")
+    (sizes,) = SIZES.values()
+    op = case(name, sizes, torch.float32, CPU, 0).example.operator
+    assert operator(context, name, "cpu", "float32")["green"]
+    for order in op.orders("cpu"):
+        kernels = op.kernels["cpu"]
+        right = kernels[order]
+
+        def off(value: Any) -> Any:
+            if isinstance(value, list | tuple):
+                return [off(v) for v in value]
+            return value * 1.0001 if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+        monkeypatch.setitem(kernels, order, lambda *a, right=right: tuple(map(off, right(*a))))
+        found = operator(context, name, "cpu", "float32")
+        assert not found["green"]
+        monkeypatch.setitem(kernels, order, right)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_check_finds_what_was_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = OPERATORS["rms_norm"].kernels["cpu"]
+    right = kernels["forward"]
+
+    def gap(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        y, rstd = right(*arguments)
+        other = torch.empty_like(y)
+        other[:, 1:] = y[:, 1:]
+        return other, rstd
+
+    monkeypatch.setitem(kernels, "forward", gap)
+    worst = max(
+        operator(Context(CPU, "float32"), "rms_norm", "cpu", "float32")["orders"], key=lambda o: o["error"]
+    )
+    assert worst["order"] == "forward"
+    assert worst["error"] == float("inf")
+
+
+def test_some_heads_speak_for_all() -> None:
+    made = case("swa", Sizes(1, 9, 5, 32, 16, 4, 8, 11, 1), torch.float32, CPU, 0, heads=2)
+    for order in OPERATORS["swa"].orders("cpu"):
+        given = made.example.arguments(order)
+        found = work(made.example, order, "cpu", given)()
+        assert all(e <= t for e, t in errors(made, order, "cpu", CPU, given, found))
+        broken = [t.clone() for t in found]
+        broken[0][:, :, 1] += 1
+        assert any(e > t for e, t in errors(made, order, "cpu", CPU, given, broken))
+
+
+def small(**changes: Any) -> TTTConfig:
+    return TTTConfig.from_dict({"name": "small"} | SMALL | changes)
+
+
+def baseline(config: TTTConfig, style: str = "kernels") -> Transformer:
+    return Transformer(random_model(config, torch.float32, CPU), Attention("sdpa-flash", {}), style)
+
+
+def test_the_baseline_is_the_engines_full_attention() -> None:
+    config = small().as_full_attention(40)
+    context, transformer = Context(CPU, "float32"), baseline(config)
+    assert same_logits(context, transformer.model, transformer)["error"] < 1e-5
+
+    def loss(model: TTTModel) -> Any:
+        other = Transformer(model, transformer.attention)
+        return lambda tokens: other.loss(tokens, recompute=True)
+
+    assert gradient_error(context, config, loss)["green"]
+    with torch.no_grad():
+        transformer.model.blocks[0].q_norm[0] = 2.0
+    broken = Context(CPU, "float32")
+    other = with_config(transformer.model, replace(config, norm_eps=0.5))
+    with pytest.raises(Wrong, match="off by"):
+        same_logits(broken, other, transformer)
+
+
+def test_what_is_computed_again_is_the_same() -> None:
+    config = small().as_full_attention(40)
+    gradients = []
+    for recompute in (False, True):
+        transformer = baseline(config)
+        tokens = random_tokens(config, 2, 41, CPU)
+        transformer.loss(tokens, recompute=recompute).backward()
+        gradients.append([p.grad for p in transformer.model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_plain_torch_is_the_same_baseline() -> None:
+    config = small().as_full_attention(40)
+    by_kernels, plain = baseline(config), baseline(config)
+    plain._ops = baseline(config, "compiled")._ops
+    tokens = random_tokens(config, 1, 33, CPU)
+    values = [t.logits(tokens, t.weights()) for t in (by_kernels, plain)]
+    torch.testing.assert_close(values[0], values[1])
+
+
+def test_a_wrong_model_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = TTTModel.prefill
+
+    def wrong(model: Any, tokens: torch.Tensor, state: Any, *, backend: str | None = None) -> Any:
+        out = right(model, tokens, state, backend=backend)
+        return out._replace(nll=out.nll + 1e-3) if backend is None else out
+
+    context = Context(CPU, "float32")
+    model = random_model(small(), torch.float32, CPU)
+    assert checked(context, model)["error"] < 2e-5
+    monkeypatch.setattr(TTTModel, "prefill", wrong)
+    with pytest.raises(Wrong, match="off by"):
+        checked(Context(CPU, "float32"), model)
+
+
+def test_a_batch_is_accumulated_of_what_fits() -> None:
+    """Without memory for two sequences they come one by one."""
+    config = small()
+    context = Context(CPU, "float32")
+    for needed, size in ((1.0, 4), (1e18, 1)):
+        model = random_model(config, torch.float32, CPU)
+        found = step(context, model, engine_loss(model), 32, 128, needed)
+        assert (found["micro_batch"], found["micro_batches"]) == (size, 4 // size)
+        assert found["tokens"] == 128
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_speed_of_an_order_that_is_wrong_at_a_models_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = OPERATORS["rope"].kernels["cpu"]
+    right = kernels["backward"]
+    monkeypatch.setitem(kernels, "backward", lambda *a: tuple(t * 1.01 for t in right(*a)))
+    found = gpu_operators.measure(Context(CPU, "float32"), "small", "rope")
+    assert found["green"] is False
+    assert "wrong" in found["orders"]["backward"]["reason"]
+    assert "seconds" not in found["orders"]["backward"]
+    assert found["orders"]["forward"]["seconds"] > 0
+
+
+def test_parameters_are_shared_by_configurations() -> None:
+    context = Context(CPU, "float32")
+    config = small().as_full_attention(8192)
+    a = context.model(config, torch.float32)
+    b = context.model(small().as_full_attention(131072), torch.float32)
+    assert b.config.rope_theta != a.config.rope_theta
+    assert b.embed.weight.data_ptr() == a.embed.weight.data_ptr()
+    assert context.model(small(), torch.float32).embed.weight.data_ptr() != a.embed.weight.data_ptr()
+    assert torch.equal(a.final_norm, torch.ones(32))
+    assert float(a.blocks[0].w_gate.detach().std()) == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize("path", carried_cases(), ids=lambda path: path.stem)
+def test_the_official_code_is_given_its_own_names(path: Path) -> None:
+    golden = load_golden(path)
+    model = TTTModel(golden.config)
+    model.load_state_dict(golden.weights)
+    theirs = {k.removeprefix("params/"): v for k, v in load_file(path).items() if k.startswith("params/")}
+    ours = named_as_there(model)
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value)
+
+
+def test_the_official_code_is_asked_for_or_left_out(tmp_path: Path) -> None:
+    context = Context(CPU, "float32")
+    with pytest.raises(Unavailable, match="--official"):
+        measure_official(context, "tiny", 256, None)
+    # A folder without it, or Python without its packages.
+    with pytest.raises(Unavailable, match=r"not installed|could not run"):
+        measure_official(context, "tiny", 256, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--stages", "speed"], "speed"),
+        (["--presets", "huge"], "huge"),
+        (["--train-presets", "huge"], "huge"),
+        (["--lengths", "8K"], "8K"),
+        (["--lengths", "0"], "--lengths=0"),
+        (["--lengths", "100"], "mini-batch of tiny, 128"),
+        (["--long", "8320"], "64 parts"),
+        (["--long-preset", "125m"], "125m"),
+        (["--tokens-per-batch", "0"], "--tokens-per-batch=0"),
+        (["--minutes", "0"], "--minutes=0"),
+        (["--device", "nothing"], "nothing"),
+        (["--official", "missing"], "missing"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(
+    arguments: list[str],
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    few = ["--device", "cpu", "--presets", "tiny", "--train-presets", "tiny", "--long-preset", "tiny"]
+    few += ["--lengths", "256", "--long", "8192", "--output", "here"]
+    assert gpu.main([*few, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert named in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_it_runs_from_any_folder_by_processes_of_its_own(tmp_path: Path) -> None:
+    script = Path(gpu.__file__).resolve()
+    arguments = ["--device", "cpu", "--presets", "tiny", "--train-presets", "tiny", "--long-preset", "tiny"]
+    arguments += ["--lengths", "256", "--long", "8192", "--stages", "ceilings", "--output", "here"]
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path / "here")["ceilings"]["product_flops_per_s"] > 1e8
+    assert "## Ceilings" in (tmp_path / "here" / "summary.md").read_text()
+
+
+@pytest.mark.slow
+def test_sigterm_is_an_interruption(tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--presets", "tiny", "--train-presets", "tiny", "--long-preset", "tiny"]
+    arguments += ["--lengths", "256", "--long", "8192", "--output", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, str(Path(gpu.__file__).resolve()), *arguments], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    # The first measurement was begun.
+    process.stderr.readline()
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=120) == 130
+    assert (tmp_path / "summary.md").exists()
