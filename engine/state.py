@@ -15,9 +15,9 @@ from engine.files import atomic_write
 from engine.inner import FastWeights, Forward
 from engine.weights import Fast, initial_fast
 from engine.window import Window
-from ttt_kernels.decode import Stack
 
 if TYPE_CHECKING:
+    from engine.decode import Decoding
     from engine.model import TTTModel
 
 _FORMAT = "ttt-state-1"
@@ -37,7 +37,7 @@ class State:
         last_hidden: (B, d), the output of the final norm at the newest token, or None before the first.
         read: intermediates of a mini-batch that was read whole and waits for its last target, so that they need
             not be computed again; None otherwise. Not saved.
-        stack: what decoding reads, and the tensors that it was made of. Not saved.
+        decoding: how its tokens are read one by one. Not saved.
     """
 
     def __init__(self, model: TTTModel, batch_size: int, *, roomy: bool = False) -> None:
@@ -75,7 +75,7 @@ class State:
         self._pending = 0
         self.last_hidden: Tensor | None = None
         self.read: Forward | None = None
-        self.stack: tuple[tuple[object, ...], Stack] | None = None
+        self.decoding: Decoding | None = None
 
     @property
     def model(self) -> TTTModel:
@@ -176,7 +176,7 @@ class State:
         other.last_hidden = None if self.last_hidden is None else self.last_hidden.clone()
         # Its intermediates are views of this state's windows; the copy computes them again when they are needed.
         other.read = None
-        other.stack = None
+        other.decoding = None
         return other
 
     def save(self, path: str | os.PathLike[str]) -> None:

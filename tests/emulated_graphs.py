@@ -73,6 +73,10 @@ class Emulation(TorchDispatchMode):
 
         return replay
 
+    def call(self, func: Callable[..., Any], *args: Any) -> Any:
+        """Runs a kernel that is none of torch's operations, which is recorded like one; it may change its arguments."""
+        return self.__torch_dispatch__(_Kernel(func), (), args)
+
     def watch(self, operation: _Operation) -> None:
         """Finds a race of an operation that runs on the lane at hand."""
         if operation.func.is_view:
@@ -99,6 +103,21 @@ class Emulation(TorchDispatchMode):
             self._written[key] = (self.lane, now)
         else:
             self._read.setdefault(key, {})[self.lane] = now
+
+
+class _Kernel:
+    """What a function of our own looks like among torch's operations."""
+
+    is_view = False
+
+    def __init__(self, func: Callable[..., Any]) -> None:
+        self._func = func
+
+    class _schema:
+        is_mutable = False
+
+    def __call__(self, *args: Any) -> Any:
+        return self._func(*args)
 
 
 class _Operation:

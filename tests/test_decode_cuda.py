@@ -5,16 +5,12 @@ It runs on the processor (tests/cuda_here.py), and on a GPU too where there is o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from cuda_here import ORDERS, OnHost
-from decode_stacks import assert_agrees, cast, make_stack, make_token, map_stack, map_token, seen
-from harness import draw
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from cuda_here import OnHost
+from decode_stacks import assert_agrees, make_stack, map_stack
 from torch import Tensor
 
 from ttt_kernels import extension

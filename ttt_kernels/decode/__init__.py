@@ -10,7 +10,7 @@ from ttt_kernels.backends import Refusal, refuse_on_cpu, refuse_on_cuda, select
 from ttt_kernels.decode import cpu, cuda, reference
 from ttt_kernels.decode.layers import LayerWeights, Stack
 
-__all__ = ["Decoded", "LayerWeights", "Stack", "step"]
+__all__ = ["Decoded", "LayerWeights", "Stack", "choose", "step"]
 
 BACKENDS = ("cuda", "cpu", "reference")
 """Those that have kernels for `step`."""
@@ -56,12 +56,16 @@ def step(
         ValueError: an argument does not fit the stack, or the backend cannot serve the call.
     """
     _check(stack, x, cos, sin, visible)
+    return Decoded(*_STEPS[choose(stack, backend)](stack, x, cos, sin, visible))
+
+
+def choose(stack: Stack, backend: str | None) -> str:
+    """The backend that serves a stack's steps; a `ValueError` where it is not the one asked for."""
     refusals: dict[str, Refusal] = {
         "cuda": lambda tensors: refuse_on_cuda(tensors) or cuda.refusal(stack),
         "cpu": lambda tensors: refuse_on_cpu(tensors) or cpu.refusal(stack),
     }
-    chosen = select("decode", backend, (x,), refusals)
-    return Decoded(*_STEPS[chosen](stack, x, cos, sin, visible))
+    return select("decode", backend, (stack.head,), refusals)
 
 
 _STEPS = {"cuda": cuda.step, "cpu": cpu.step, "reference": reference.step}
