@@ -50,7 +50,6 @@ KEPT_APART = (
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return run(args)
     except (ValueError, OSError) as error:
@@ -235,4 +234,5 @@ def _as_json(value: Any) -> Any:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

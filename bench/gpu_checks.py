@@ -50,7 +50,7 @@ def operator(context: Context, name: str, backend: str, dtype: str) -> dict[str,
     return {"seed": seed, "green": all(w["error"] <= w["tolerance"] for w in worst), "orders": worst}
 
 
-def golden(context: Context, file: str, backend: str) -> dict[str, Any]:
+def golden(context: Context, file: str, backend: str | None) -> dict[str, Any]:
     """A golden case on the device, as `python -m engine verify` does it."""
     found = verify(load_golden(file), backend, context.device, snapshot_every=1)
     groups = [{"group": c.group, "error": c.error, "tolerance": c.tolerance} for c in found]

@@ -32,7 +32,7 @@ def measure(context: Context, preset: str, name: str) -> dict[str, Any]:
     config = TTTConfig.preset(preset, compute_dtype=context.dtype)
     made = case(name, Sizes.of(config), context.torch_dtype, context.device, 0, HEADS)
     operator = made.example.operator
-    backend = operator.select(None, *made.example.inputs)
+    backend = chosen_backend(made)
     orders = {}
     for order in operator.orders(backend):
         try:
@@ -47,11 +47,16 @@ def compile_kernels(context: Context, preset: str, name: str) -> dict[str, Any]:
     """Calls every order once, so that its kernels are compiled and found in Triton's cache by other processes."""
     config = TTTConfig.preset(preset, compute_dtype=context.dtype)
     made = case(name, Sizes.of(config), context.torch_dtype, context.device, 0)
-    backend = made.example.operator.select(None, *made.example.inputs)
+    backend = chosen_backend(made)
     for order in made.example.operator.orders(backend):
         given = made.example.arguments(order, backend)
         work(made.example, order, backend, given)()
     return {}
+
+
+def chosen_backend(made: Case) -> str:
+    """Who serves the engine's calls, which it finds out by a tensor like those of the model."""
+    return made.example.operator.select(None, made.example.leaves()[0])
 
 
 def _order(made: Case, order: str, backend: str, device: torch.device) -> dict[str, Any]:

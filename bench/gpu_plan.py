@@ -11,6 +11,7 @@ from bench.gpu_cases import names
 from bench.gpu_checks import CHECKED_DTYPES, golden_files
 from bench.table import tokens as in_words
 from engine import TTTConfig
+from ttt_kernels.registry import OPERATORS, Operator
 
 STAGES = ("checks", "ceilings", "operators", "prefill", "decode", "train", "official")
 
@@ -101,19 +102,26 @@ class _Plan:
         for dtype in CHECKED_DTYPES:
             for name in names():
                 for backend in self._s.backends:
+                    if not _operator(name).orders(backend):
+                        continue
                     yield Measurement(
                         key("checks", name, backend, dtype), "checks", "operator check",
                         {"name": name, "backend": backend, "dtype": dtype}, f"checks of {_family(name)} {dtype}",
                         CHECK_SECONDS, parallel=True,
                     )  # fmt: skip
         for index, file in enumerate(golden_files()):
-            for backend in self._s.backends:
+            for backend in self._model_backends():
                 yield Measurement(
-                    key("checks", "golden", file.stem, backend), "checks", "golden check",
+                    key("checks", "golden", file.stem, backend or "default"), "checks", "golden check",
                     {"file": str(file), "backend": backend}, f"golden cases {index % 3}", CHECK_SECONDS, parallel=True,
                 )  # fmt: skip
         if self._s.device.startswith("cuda"):
             yield from self._compiled_kernels()
+
+    def _model_backends(self) -> list[str | None]:
+        """Those with kernels of all operators of a model; None, the best of each operator, where there are several."""
+        whole = [b for b in self._s.backends if all(op.orders(b) for op in map(_operator, names()))]
+        return [*whole, *([None] if len(self._s.backends) > 1 else [])]
 
     def _compiled_kernels(self) -> Iterator[Measurement]:
         """Not checks: the same kernels at the models' shapes, called once so that many processors compile them."""
@@ -229,6 +237,11 @@ class _Plan:
 def _ordered(presets: Sequence[str], first: Sequence[str]) -> list[str]:
     known = [name for name in first if name in presets]
     return known + [name for name in presets if name not in known]
+
+
+def _operator(case: str) -> Operator:
+    """Of which it is a case."""
+    return OPERATORS[case.split(" ")[0]]
 
 
 def _family(case: str) -> str:

@@ -38,8 +38,7 @@ def _by_length(axes: Any, lengths: set[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(lengths), [in_words(n) for n in sorted(lengths)])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _places(results: Results, stage: str) -> list[tuple[str, int]]:
@@ -82,7 +81,12 @@ def _prefill(results: Results, path: str) -> bool:
             look = {"color": COLORS[model], "linestyle": style, "marker": "o", "markersize": 4}
             if line:
                 axes.plot(list(line), list(line.values()), label=f"{preset}, {model}", **look)
-    axes.set(xlabel="tokens read", ylabel="tokens per second", title="Reading")
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    # Of models of very different sizes.
+    axes.set(xlabel="tokens read", ylabel="tokens per second", title="Reading", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     return _saved(figure, axes, lengths, path)
 
 
@@ -106,6 +110,7 @@ def _train(results: Results, path: str) -> bool:
     axes.set(
         xlabel="tokens of a sequence", ylabel="time of a step, full attention's = 1", title="Training step"
     )
+    axes.set_ylim(bottom=0)
     return _saved(figure, axes, lengths, path)
 
 
@@ -123,6 +128,8 @@ def _long_text(results: Results, path: str) -> bool:
     axes.set(
         xlabel="position in the text (tokens)", ylabel="time per token (µs)", title="Reading one long text"
     )
+    quarters = [runs[0]["tokens"] // 4 * i for i in range(5)]
+    axes.set_xticks(quarters, [in_words(n) for n in quarters])
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     save(figure, path)

@@ -351,7 +351,7 @@ def test_a_bar_without_its_figure_says_why() -> None:
 
 
 def test_the_plan_has_everything_that_was_asked_for() -> None:
-    keys = {m.key for m in plan(Settings(backends=("triton", "cuda")))}
+    keys = {m.key for m in plan(Settings(backends=("triton", "cpu")))}
     for preset in ("125m", "1b", "3b"):
         for length in (8192, 32768, 131072):
             for model in ("ttt-e2e", "full-attention"):
@@ -359,13 +359,23 @@ def test_the_plan_has_everything_that_was_asked_for() -> None:
         assert f"decode {preset}" in keys
         for name in names():
             assert f"operators {preset} {name}" in keys
-    for backend in ("triton", "cuda"):
-        assert f"checks golden e2e-base {backend}" in keys
+    for backend in ("triton", "cpu"):
+        assert {f"checks golden e2e-base {backend}", "checks golden e2e-base default"} <= keys
         for name in names():
             assert {f"checks {name} {backend} {dtype}" for dtype in ("float32", "bfloat16")} <= keys
     for bar in BARS:
         bar.verdict({})
     assert {k for k in synthetic()} <= keys
+
+
+def test_a_backend_is_checked_where_it_has_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPERATORS["rope"].kernels, "other", OPERATORS["rope"].kernels["reference"])
+    settings = Settings(backends=("triton", "other"), stages=("checks",))
+    keys = {m.key for m in plan(settings) if " other" in m.key}
+    assert keys == {"checks rope other float32", "checks rope other bfloat16"}
+    assert not any("golden" in m.key and "other" in m.key for m in plan(settings))
+    alone = Settings(backends=("triton",), stages=("checks",))
+    assert not any(m.key.endswith("default") for m in plan(alone))
 
 
 def test_what_has_bars_comes_first() -> None:
@@ -403,6 +413,8 @@ def test_a_check_finds_a_wrong_result_of_any_order(name: str, monkeypatch: pytes
 
 @pytest.mark.usefixtures("quick")
 def test_a_check_finds_what_was_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    # By its own means, not by those of these tests.
+    torch.use_deterministic_algorithms(False)
     kernels = OPERATORS["rms_norm"].kernels["cpu"]
     right = kernels["forward"]
 
