@@ -2,15 +2,19 @@
 // multiprocessor.
 //
 // Decoding reads every weight once and does next to nothing with it, so memory must never wait. At 3b in
-// bf16, of 2560 wide layers, a layer is 139 MB: at 4.3 TB/s 32 us, 6.5 between two of its 5 barriers (2 more
-// in a layer with a fast MLP: 176 in all, and the 5.8 GB of a step last 1.35 ms). A kernel for each stage
-// would stop and start reading at each of them. Here rings in shared memory (decode_weights.h) of up to 192
-// KB on each of 132 multiprocessors hold the next 26 MB, which take memory 6 us: longer than the grid takes
-// from the last sum of one product to the first of the next, through a barrier, what other blocks have
-// written, and norms, if each of these is about the latency of memory beyond the first cache. A sixth barrier
-// a layer is spared by having all blocks join the pieces of attention, and norms, residual sums and rotations
-// are computed wherever they are needed rather than once. What all blocks read is small then: of a layer at
-// 3b 15 KB of products, 23 KB for down and 41 KB of pieces, against 1 MB of weights for each.
+// bf16, of 2560 wide layers, a layer is 139 MB: at 4.3 TB/s 32 us, or 6.5 for each of its 5 barriers (2 more
+// in a layer with a fast MLP: 176 in all, and the 5.8 GB of a step last 1.35 ms). From the last sum of one
+// product to the first of the next it takes a barrier, which is two ways to the second cache and back, a
+// third to read what other blocks have written, and norms. A kernel for each stage would leave memory idle
+// for that long; so would a kernel that reads weights when it can use them. Here rings in shared memory
+// (decode_weights.h) of up to 192 KB on each of 132 multiprocessors hold the next 26 MB, which take memory
+// 6 us. Attention is the longest way between two products, but needs no ring: keys and values are known
+// beforehand but for the newest, and a full window of 8192 is 84 MB more a layer, which all blocks share.
+//
+// A sixth barrier a layer is spared by having all blocks join the pieces of attention; norms, residual sums
+// and rotations are computed wherever they are needed rather than once. What all blocks read for it is small:
+// at 3b 5 KB of a product that is d wide, 11 KB of the gates and 41 KB of pieces, where a block's share of a
+// layer's weights is 1 MB.
 //
 // Nothing that is summed is divided by the number of blocks: results are the same on every GPU.
 #include <algorithm>
@@ -130,7 +134,8 @@ class Block {
             const auto emit = [&](int b, int row, float sum, float other) {
                 write(layer, kind, product, b, row, sum, other);
             };
-            if (kind == kFastGates || kind == kFastDown)
+            // A matrix of its own has every sequence, or the only one.
+            if (N == 1 || kind == kFastGates || kind == kFastDown)
                 weights.template multiply<1>(product, operand_, 1, emit);
             else
                 weights.template multiply<N>(product, operand_, s.batch, emit);
