@@ -149,7 +149,7 @@ def test_rounds_where_separate_operators_would(device: Device, dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_for_any_grid_order_and_neighbours(device: Device, dtype: torch.dtype) -> None:
-    stack = cast(make_stack(batch=5, heads=3, head_dim=16, intermediate=72, capacities=(500, 20)), dtype)
+    stack = cast(make_stack(batch=5, heads=2, head_dim=8, intermediate=24, capacities=(500, 20)), dtype)
     token, visible = make_token(stack, dtype), seen((480, 11), (400, 12))
 
     def run(sequences: Sequence[int], order: int, processors: int) -> Result:
@@ -159,7 +159,7 @@ def test_same_bits_for_any_grid_order_and_neighbours(device: Device, dtype: torc
 
     whole = run(range(5), 0, 3)
     for sequences, order, processors in (
-        (range(5), 1, 2), (range(5), 3, 7), ((4, 2, 0, 3, 1), 0, 1), ((3,), 2, 4), ((2, 4), 1, 5), ((0, 1, 4), 0, 2),
+        (range(5), 1, 2), (range(5), 3, 5), ((4, 2, 0, 3, 1), 0, 1), ((3,), 2, 4), ((2, 4), 1, 5), ((0, 1, 4), 0, 2),
     ):  # fmt: skip
         for all_of_them, some in zip(whole, run(sequences, order, processors), strict=True):
             assert torch.equal(all_of_them[list(sequences)], some)
