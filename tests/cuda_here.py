@@ -18,7 +18,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 ORDERS = (0, 1, 2, 3)
-"""Of threads: upwards, downwards, and two random ones in which some fall behind."""
+"""Which threads run as far as they can before others do: low numbers, high numbers, and two random orders."""
 
 
 class OnHost:

@@ -357,7 +357,6 @@ MUTATIONS = (
              "row.count < begin + length ? row.count : begin + length", "begin + length", BUDGET),
     Mutation("CUDA: SGD, vectors wherever they are", CUDA_SGD, "const bool vectors = aligned<L>(g);",
              "const bool vectors = true;", BUDGET),
-    Mutation("CUDA: SGD, vectors beyond the end", CUDA_SGD, "n == kPiece && aligned<L>(g)", "aligned<L>(g)", BUDGET),
     Mutation("CUDA: SGD, the last piece is lost", CUDA_SGD, "divide_up(rows[i].count, kPiece)",
              "rows[i].count / kPiece", BUDGET),
     Mutation("CUDA: SGD, sequences that rest move", CUDA_SGD, "if (!moves) continue;", "", BUDGET),

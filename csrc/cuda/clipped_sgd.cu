@@ -183,7 +183,7 @@ __device__ inline void update(T* w, const T* g, U* copy, float factor, int n) {
 
 // Blocks take pieces in turn, the last first: of g they find in the cache what square_parts has read last.
 // Each adds up the parts of a sequence's norm for itself, which is a few thousand bytes against the megabytes
-// of its pieces; `norm` (null in launches after the first) is written by who has the sequence's first piece.
+// of its pieces; `norms` (null in launches after the first) is written by who has the sequence's first piece.
 template <class T, class U>
 __global__ void __launch_bounds__(kThreads)
     update_pieces(const __grid_constant__ Tuple tuple, const __grid_constant__ Rate rate, int64_t sequences,

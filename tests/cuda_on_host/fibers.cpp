@@ -12,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -40,7 +41,8 @@ struct Fiber {
     Index index;
     unsigned char* stack;
     jmp_buf place;
-    bool started = false, ended = false, ready = true;
+    bool started = false, ended = false;
+    size_t rank = 0;  // those that come first in the order run until they have to wait
     Exchange* exchange = nullptr;
 };
 
@@ -109,9 +111,10 @@ class Scheduler {
             fail("threads come to a barrier with different numbers of threads");
         barrier.threads = threads;
         barrier.waiting.push_back(current_);
-        current_->ready = false;
-        release(*current_->block, barrier);
-        if (!current_->ready) switch_out();
+        if (!release(*current_->block, barrier)) {
+            ready_.erase(current_->rank);
+            switch_out();
+        }
     }
 
     void exchange(unsigned mask, Exchange& own) {
@@ -128,7 +131,7 @@ class Scheduler {
         unsigned& arrived = warp.arrived[mask];
         arrived |= own_bit;
         if (arrived != mask) {
-            current_->ready = false;
+            ready_.erase(current_->rank);
             switch_out();
             return;
         }
@@ -142,12 +145,16 @@ class Scheduler {
             Exchange& taker = *lane_of(lane).exchange;
             taker.received = lane_of(taker.source).exchange->value;
             taker.votes = votes;
-            lane_of(lane).ready = true;
+            ready_.insert(lane_of(lane).rank);
         }
         happened_ = true;
     }
 
-    void yield() { switch_out(); }
+    void yield() {
+        ready_.erase(current_->rank);
+        looking_.push_back(current_);
+        switch_out();
+    }
 
     Fiber* current() const { return current_; }
 
@@ -177,41 +184,57 @@ class Scheduler {
         }
     }
 
-    void run_blocks() {
-        int idle = 0;
-        for (;;) {
-            std::vector<Fiber*> ready;
-            unsigned alive = 0;
-            for (const auto& block : blocks_) {
-                alive += block->alive;
-                for (Fiber& fiber : block->fibers)
-                    if (fiber.ready && !fiber.ended) ready.push_back(&fiber);
+    // Those of a warp stay together in a random order, so that a whole warp falls behind the others.
+    void rank() {
+        by_rank_.clear();
+        std::vector<std::vector<Fiber*>> warps;
+        for (const auto& block : blocks_) {
+            for (Fiber& fiber : block->fibers) {
+                if (fiber.linear % 32 == 0) warps.emplace_back();
+                warps.back().push_back(&fiber);
             }
-            if (!alive) break;
-            if (ready.empty()) fail("all threads wait for others");
-            arrange(ready);
-            if (order > 1) ready.resize(ready.size() - random_() % ready.size());
-            happened_ = false;
-            for (Fiber* fiber : ready) {
-                resume(*fiber);
-                if (failure_) std::rethrow_exception(failure_);
-            }
-            idle = happened_ ? 0 : idle + 1;
-            if (idle > kPatience) fail("threads look for what no other thread will write");
         }
-        for (const auto& block : blocks_)
+        arrange(warps);
+        for (auto& warp : warps) {
+            arrange(warp);
+            by_rank_.insert(by_rank_.end(), warp.begin(), warp.end());
+        }
+        for (size_t i = 0; i < by_rank_.size(); ++i) {
+            by_rank_[i]->rank = i;
+            ready_.insert(i);
+        }
+    }
+
+    void run_blocks() {
+        rank();
+        int idle = 0;
+        while (!ready_.empty() || !looking_.empty()) {
+            if (ready_.empty()) {
+                idle = happened_ ? 0 : idle + 1;
+                if (idle > kPatience) fail("threads look for what no other thread will write");
+                happened_ = false;
+                for (Fiber* fiber : looking_) ready_.insert(fiber->rank);
+                looking_.clear();
+            }
+            resume(*by_rank_[*ready_.begin()]);
+            if (failure_) std::rethrow_exception(failure_);
+        }
+        for (const auto& block : blocks_) {
+            if (block->alive) fail("all threads wait for others");
             for (size_t i = 0; i < kCanary; ++i)
                 if (memory(*block)[launch_.shared + i] != kPoison)
                     fail("a thread has written beyond the block's dynamic shared memory");
+        }
     }
 
-    // Lets the threads at a barrier go on when as many have come as it is for.
-    void release(Block& block, Barrier& barrier) {
+    // Lets the threads at a barrier go on when as many have come as it is for; whether they have.
+    bool release(Block& block, Barrier& barrier) {
         const unsigned wanted = barrier.threads ? barrier.threads : block.alive;
-        if (barrier.waiting.empty() || barrier.waiting.size() < wanted) return;
-        for (Fiber* fiber : barrier.waiting) fiber->ready = true;
+        if (barrier.waiting.empty() || barrier.waiting.size() < wanted) return false;
+        for (Fiber* fiber : barrier.waiting) ready_.insert(fiber->rank);
         barrier.waiting.clear();
         happened_ = true;
+        return true;
     }
 
     void resume(Fiber& fiber) {
@@ -243,6 +266,7 @@ class Scheduler {
             failure_ = std::current_exception();
         }
         current_->ended = true;
+        ready_.erase(current_->rank);
         happened_ = true;
         --current_->block->alive;
         for (Barrier& barrier : current_->block->barriers)
@@ -264,6 +288,9 @@ class Scheduler {
     const std::function<void()>& body_;
     std::mt19937 random_;
     std::vector<std::unique_ptr<Block>> blocks_;
+    std::vector<Fiber*> by_rank_;
+    std::set<size_t> ready_;       // ranks
+    std::vector<Fiber*> looking_;  // they run again when all others wait
     Fiber* current_ = nullptr;
     jmp_buf home_;
     bool happened_ = false;

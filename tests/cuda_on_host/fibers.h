@@ -38,8 +38,8 @@ void exchange(unsigned mask, Exchange& own);
 void yield();
 [[noreturn]] void fail(const char* message);
 
-// How the fibers that can run are ordered: 0 upwards, 1 downwards, others are seeds of random orders in which
-// some fall behind.
+// Which fibers go first, and run as far as they can before others run at all: 0 those of low numbers, 1 those
+// of high ones, others are seeds of random orders.
 extern unsigned order;
 // What the device is said to have.
 extern int processors;
