@@ -1,7 +1,7 @@
 """
 How fast a model writes: tokens per second, and bytes of weights read against the machine's read bandwidth.
 
-Times are of greedy decoding between two inner steps, Python included.
+Times are of greedy decoding between two inner steps, Python included; the backend is that of decoding.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from bench.output import write_json
 from bench.table import format_table, rate, size
 from bench.timing import synchronize
 from engine import TTTConfig, TTTModel
+from engine.config import DTYPES
 from engine.device import checked_device
+from ttt_kernels.backends import refuse_on_cpu, refuse_on_cuda, select
 
 WARM_UP = 4
 
@@ -46,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     options.at_least_one(tokens=args.tokens, prompt=args.prompt, batch=args.batch)
     device = checked_device(args.device)
-    backend = options.chosen_backend(args.backend, args.dtype, device)
+    example = torch.empty(0, dtype=DTYPES[args.dtype], device=device)
+    backend = select("decode", args.backend, (example,), {"cuda": refuse_on_cuda, "cpu": refuse_on_cpu})
     if args.json is not None:
         options.check_writable("--json", args.json)
     config = TTTConfig.preset(args.preset, compute_dtype=args.dtype)
@@ -108,7 +111,7 @@ def median_seconds(model: TTTModel, batch: int, prompt: int, count: int, backend
     state = model.init_state(batch)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (batch, prompt), generator=generator).to(device)
-    token = model.prefill(tokens, state, backend=backend).logits.argmax(dim=-1)
+    token = model.prefill(tokens, state).logits.argmax(dim=-1)
     times = []
     for _ in range(WARM_UP + count):
         synchronize(device)

@@ -40,7 +40,8 @@ def decode(model: TTTModel, token: Tensor, state: State, *, backend: str | None 
     check_state("decode", model, state, len(token))
     token = token.long()
     if config.suffix_layers and state.pending == config.mini_batch_size:
-        Reader(model, state, Ops(model, backend)).settle(token)
+        # An inner step's operators have no CUDA C++ to ask for: whatever serves them best.
+        Reader(model, state, Ops(model, None if backend == "cuda" else backend)).settle(token)
     weights = for_inference(model)
     windows = [*state.prefix, *state.suffix]
     with stage("decode"):

@@ -43,6 +43,8 @@ C_KERNELS, C_SUMS, C_TUPLES, C_CALL = (
     f"ttt_kernels/clipped_sgd/triton_{name}.py" for name in ("kernels", "sums", "tuples", "call")
 )
 GRID, CUDA_SGD = "csrc/cuda/grid.h", "csrc/cuda/clipped_sgd.cu"
+D_BLOCK, D_WEIGHTS, D_ATTENTION = (f"csrc/cuda/decode_{name}.h" for name in ("block", "weights", "attention"))
+ROUNDS, SAME_BITS = "test_rounds_where", "test_same_bits"
 BLOCK_SUMS, GRID_BARRIER, FASTER = (
     "test_sums_of_a_block",
     "test_barrier_of_the_grid",
@@ -66,7 +68,7 @@ SWEPT = "test_a_second_sweep"
 TWIN, SLOPE = "test_within_budget and swiglu_jvp", "test_within_budget and linear_ce_slope"
 ATTENTION_TWIN = "test_within_budget and swa_jvp"
 
-OPERATORS = ("swa", "swiglu", "linear_ce", "rms_norm", "rope", "clipped_sgd")
+OPERATORS = ("swa", "swiglu", "linear_ce", "rms_norm", "rope", "clipped_sgd", "decode")
 
 
 class Mutation(NamedTuple):
@@ -404,6 +406,33 @@ MUTATIONS = (
              "if (i < begin) tuple.before_parts += parts;", "", "test_many_tensors"),
     Mutation("CUDA: SGD, lr in memory is not read", CUDA_SGD, "if (!rate.at) return rate.value;",
              "return rate.value;", "test_lr_where"),
+    Mutation("CUDA: attention does not wait for its queries", D_BLOCK, "if (!is_first) grid_barrier",
+             "if (!is_first && kind != kOut) grid_barrier", BUDGET),
+    Mutation("CUDA: pieces of attention are joined early", D_BLOCK,
+             "attention(layer);\n                grid_barrier(s.counter);", "attention(layer);", BUDGET),
+    Mutation("CUDA: weights are used before they have come", D_WEIGHTS, "wait<14>()", "wait<15>()", BUDGET),
+    Mutation("CUDA: a product's operand is read early", D_BLOCK,
+             "            __syncthreads();\n            const auto emit", "            const auto emit", BUDGET),
+    Mutation("CUDA: keys are read before the newest is written", D_BLOCK,
+             "            __syncthreads();\n            const int64_t back", "            const int64_t back", BUDGET),
+    Mutation("CUDA: what warps have of attention is joined early", D_ATTENTION,
+             "    __syncthreads();\n    // Every lane", "    // Every lane", BUDGET),
+    Mutation("CUDA: sums of squares are written early", D_BLOCK, "(sums_made_++ % 2)", "(sums_made_++ % 1)", SAME_BITS),
+    Mutation("CUDA: a key too many", D_ATTENTION, "u * apart >= keys.count) continue",
+             "u * apart > keys.count) continue", BUDGET),
+    Mutation("CUDA: groups of lanes are lost", D_ATTENTION, "step < kWarp; step *= 2", "step < kWarp / 2; step *= 2",
+             BUDGET),
+    Mutation("CUDA: gates are not rounded", D_BLOCK, "silu_times(rounded<T>(sum), rounded<T>(other))",
+             "silu_times(sum, other)", ROUNDS),
+    Mutation("CUDA: every sequence's fast MLP has the first one's operand", D_WEIGHTS, "x + matrix * product.n", "x",
+             BUDGET),
+    Mutation("CUDA: the last rows of a matrix are lost", D_WEIGHTS,
+             "return divide_up(product.rows, rows_of_unit(product));", "return product.rows / rows_of_unit(product);",
+             BUDGET),
+    Mutation("CUDA: the prefix ends elsewhere", D_BLOCK, "layer == s.n_prefix)", "layer + 1 == s.n_prefix)", BUDGET),
+    Mutation("CUDA: the grid has a part in the order of sums", D_ATTENTION,
+             "return divide_up(divide_up(keys, most_pieces(heads)), kLeastKeys) * kLeastKeys;",
+             "return gridDim.x * 32;", SAME_BITS),
     Mutation("the user's weights are tried on", "ttt_kernels/clipped_sgd/update.py", "[w.clone() for w in weights]",
              "weights", FASTER),
 )  # fmt: skip

@@ -189,7 +189,7 @@ def test_backends_table() -> None:
         assert (entry["reason"] is None) == entry["available"]
         assert table[name]["operators"]["clipped_sgd.update_"] == ("forward",)
         assert ("choices" in entry) == (name in ("cuda", "triton"))
-    assert table["cuda"]["operators"] == {"clipped_sgd.update_": ("forward",)}
+    assert table["cuda"]["operators"] == {"decode": ("forward",), "clipped_sgd.update_": ("forward",)}
     for name in OPERATORS:
         assert table["reference"]["operators"][name] == ORDERS[: 2 if name in ONCE else 3]
     for name in BACKENDS:

@@ -153,6 +153,18 @@ def test_tables_are_kept_by_content(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tables.tables(positions, 8, 1e4, torch.float32) is not moved
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-7), (torch.float64, 1e-8)], ids=str)
+def test_angles_made_on_a_device_are_the_tables(dtype: torch.dtype, error: float) -> None:
+    """Within the rounding of `dtype`, or of an angle of 10 million in float64."""
+    positions = torch.tensor([0, 1, 1023, 10_000_019])
+    expected = tables.tables(positions, 80, 500_000.0, dtype)
+    for have, want in zip(tables._on_device(positions, 80, 500_000.0, dtype), expected, strict=True):
+        assert have.dtype == dtype
+        torch.testing.assert_close(have, want, atol=error, rtol=0)
+    for have, want in zip(tables.angles(positions, 80, 500_000.0, dtype), expected, strict=True):
+        assert torch.equal(have, want)
+
+
 def fused(x: Tensor, backend: str, interleaved: bool = True) -> Tensor:
     weight = draw(x.shape[-1], seed=9).to(x.dtype)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)

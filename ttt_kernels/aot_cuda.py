@@ -10,7 +10,7 @@ from pathlib import Path
 from ttt_kernels import aot
 from ttt_kernels.aot import Report
 
-OPERATORS = ("clipped_sgd",)
+OPERATORS = ("clipped_sgd", "decode")
 """Operators with CUDA kernels: a file in csrc/cuda for each."""
 
 

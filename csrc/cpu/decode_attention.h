@@ -127,8 +127,8 @@ inline void join_pieces(const Partial& partial, int64_t h, int64_t heads, int64_
         const float* values = partial.values + h * head_dim + i;
         vf mean{};
         for (int64_t p = 0; p < partial.pieces; ++p)
-            mean = multiply_add(splat(factor[p]), load_upto(values + p * heads * head_dim, head_dim - i),
-                                mean);
+            mean =
+                multiply_add(splat(factor[p]), load_upto(values + p * heads * head_dim, head_dim - i), mean);
         store_upto(out + i, mean / sum, head_dim - i);
     }
 }
