@@ -142,9 +142,9 @@ def timed_runs(work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor
 
 
 def read_before(model: TTTModel, tokens: Tensor) -> None:
-    """Brings in all code that reading needs: the window fills up and moves."""
+    """Brings in all code that reading needs, and has the engine record its graphs: windows fill up and move."""
     config = model.config
-    enough = 2 * config.mini_batch_size + (config.window or 0) + 4096
+    enough = 3 * (config.window or 0) + 4 * config.mini_batch_size + 8192
     model.prefill(tokens[:, :enough], model.init_state())
 
 

@@ -141,7 +141,9 @@ def _accumulate(
         return value.detach()
 
     if same is None:
-        short = min(tokens.shape[1], 3 * model.config.mini_batch_size + 1)
+        # As long as the engine needs to record its graphs: until a mini-batch sees a whole window.
+        own, window = model.config.mini_batch_size, model.config.window or 0
+        short = (-(-window // own) + 2) * own + 1
         one(micro[0][:, :short])
     else:
         found = float(one(micro[0]))
