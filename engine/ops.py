@@ -44,6 +44,7 @@ class Ops:
         config = model.config
         like = torch.empty(0, 1, 1, config.head_dim, dtype=config.torch_dtype, device=model.final_norm.device)
         operators = (rms_norm, rope, swiglu, swa, linear_ce, clipped_sgd)
+        self._asked = backend
         self._backend = {op.name: op.select(backend, like) for op in operators}
         self._eps = config.norm_eps
         self._theta = config.rope_theta
@@ -231,5 +232,5 @@ class Ops:
         copies: Sequence[Tensor] | None,
     ) -> Tensor:
         """`update` in place, which returns the norm (B,); builds no graph."""
-        backend = self._backend["clipped_sgd"]
-        return update_(weights, grads, lr=lr, max_norm=clip or None, copies=copies, backend=backend)
+        # It has more backends than the step that is differentiated.
+        return update_(weights, grads, lr=lr, max_norm=clip or None, copies=copies, backend=self._asked)
