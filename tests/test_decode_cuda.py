@@ -125,6 +125,14 @@ def test_wide_heads(device: Device, head_dim: int) -> None:
     assert_agrees(device.step, stack, torch.bfloat16, (38, 6), (33, 7))
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_rows_of_several_warps(device: Device, order: int) -> None:
+    """Threads of two warps have elements of a row, and of its sum of squares."""
+    device.arrange(order, 2)
+    stack = make_stack(heads=2, head_dim=136, capacities=(9, 9), fast_layers=0)
+    assert_agrees(device.step, stack, torch.float32, (8, 3), (5, 4))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rounds_where_separate_operators_would(device: Device, dtype: torch.dtype) -> None:
     """Mostly the bits of the plain formulas at the same dtype: a sum in another order seldom rounds to another number,

@@ -45,7 +45,8 @@ refusal = _plans.refusal
 
 def step(stack: Stack, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `ttt_kernels.decode.step`. Where `visible` is on the device nothing waits or comes from the host, so
-    that a graph may capture it, once a step before has made the stack's plan; the results then are the graph's.
+    that a graph may capture it, once a step before has made the stack's plan. The results then are the graph's, and
+    the stack must live as long as it, its tensors staying where they are.
     """
     plan = _plans.current(stack)
     device = x.device
