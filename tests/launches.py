@@ -24,6 +24,7 @@ from ttt_kernels.linear_ce.blockwise import Block
 from ttt_kernels.rms_norm import triton as rms_norm
 from ttt_kernels.rope import triton as rope
 from ttt_kernels.swa import triton as kernels
+from ttt_kernels.swa import triton_jvp as with_tangents
 from ttt_kernels.swiglu import triton as of_swiglu
 from ttt_kernels.swiglu import triton_configs
 
@@ -41,7 +42,7 @@ def launch(
     key_start: int = 0,
     keep_rest: bool = True,
 ) -> None:
-    """All orders for (B, Tq, Tk, Hq, Hk, D), with some results wanted and some second cotangents given."""
+    """All orders for (B, Tq, Tk, Hq, Hk, D), and with tangents: some results wanted, some second cotangents given."""
     b, tq, tk, heads, kv_heads, d = sizes
     q, k, v = (torch.zeros(b, t, h, d, dtype=dtype) for t, h in ((tq, heads), (tk, kv_heads), (tk, kv_heads)))
     call = (q, k, v, key_lengths, cu_seqlens)
@@ -52,6 +53,10 @@ def launch(
     cotangents = (q, k[:, key_start:], v[:, key_start:])
     seconds = [t if some else None for t, some in zip(cotangents, given, strict=True)]
     kernels.double_backward(*seconds, d_o, *call, *saved, needs)
+    settings = (window, -0.5, key_start)
+    along = with_tangents.forward(*call, *seconds, *settings)
+    of_dots = tuple(need and t is not None for need, t in zip(needs[1:], seconds, strict=True))
+    with_tangents.backward(d_o, q, *call, *seconds, *along, *settings, (*needs[1:], *of_dots))
 
 
 def swiglu(dtype: torch.dtype, sequences: int | None, rows: int, d: int, columns: int, needs: Needs) -> None:
@@ -98,6 +103,7 @@ def attention() -> None:
     launch(
         torch.bfloat16, (1, 20, 20, 1, 1, 1), window=1, cu_seqlens=torch.tensor([0, 9, 20]).int(), key_start=1
     )
+    launch(torch.float16, (1, 20, 30, 1, 1, 80), key_start=17)
     launch(torch.float32, (1, 1, 1, 1, 1, 16), window=None)
     for i in range(3):
         some = tuple(j == i for j in range(3))

@@ -23,9 +23,9 @@ DENSE = "test_equals_dense_attention"
 MEAN = "test_within_budget_where_keys_or_values_have_a_mean"
 
 
-T_TILES, T_VISIBLE, T_FORWARD, T_BACKWARD, T_DOUBLE = (
+T_TILES, T_VISIBLE, T_FORWARD, T_BACKWARD, T_DOUBLE, T_ALONG, T_ALONG_BACK = (
     f"ttt_kernels/swa/triton_{name}.py"
-    for name in ("tiles", "visible", "forward", "backward", "double_backward")
+    for name in ("tiles", "visible", "forward", "backward", "double_backward", "jvp_forward", "jvp_backward")
 )
 CASE = "test_within_budget_in_float32 and "
 SMALL, GROUPS, PACKED = CASE + "everything", CASE + "groups", CASE + "short"
@@ -34,6 +34,7 @@ S_PASS, S_PRODUCTS, L_PASS = (
     for name in ("swiglu/triton_kernels", "swiglu/triton_products", "linear_ce/triton_kernels")
 )
 S_SMALL, L_SMALL = "test_within_budget_in_float32", "test_within_budget and float32"
+MEAN_OF_TENSORS = "test_within_budget_where_tensors_have_a_mean"
 LAST, ABSENT = "test_gradients_of_the_last_keys_only", "test_queries_without_keys_and_what_lies_there"
 N_KERNELS, N_LOCATED, N_LAUNCH = (
     f"ttt_kernels/rms_norm/triton{name}.py" for name in ("_kernels", "_located", "")
@@ -101,7 +102,8 @@ class Mutation(NamedTuple):
         of_folder = folders[0] == "ttt_kernels"
         operator = folders[1] if of_folder else next(o for o in OPERATORS if name.startswith(o))
         kind = next((f"_{kind}" for kind in ("triton", "cuda") if kind in self.file), "")
-        return f"tests/test_{operator}{kind}.py"
+        along = "_jvp" if self.what.startswith("Triton, tangents") else ""
+        return f"tests/test_{operator}{along}{kind}.py"
 
 
 MUTATIONS = (
@@ -132,7 +134,7 @@ MUTATIONS = (
              SECOND),
     Mutation("V_bar of P instead of P'", DOUBLE, "store(t.s1 + i, p * s);", "store(t.s1 + i, p);", SECOND),
     Mutation("r loses n", DOUBLE, "r[row] += near[row];", "r[row] += C(0);", MEAN),
-    Mutation("o without what it lost", "csrc/cpu/swa_gradient.h", "if (!o_rest) return;", "return;", MEAN),
+    Mutation("o without what it lost", "csrc/cpu/swa_gradient.h", "if (!rest) return;", "return;", MEAN),
     Mutation("S' with what a row has in common", DOUBLE, "return shared > 4 * spread;", "return false;", MEAN),
     Mutation("cotangents of keys before key_start are read", DOUBLE, "{c.b, c.key_start}", "{c.b, 0}",
              "test_backward_from_a_key_on_differentiates"),
@@ -145,8 +147,12 @@ MUTATIONS = (
     Mutation("twin: T loses rowsum(X * O)", DOUBLE, "e[row] += dot(x + row * stride, o, D);", "", ATTENTION_TWIN),
     Mutation("twin: dV of P' instead of P", DOUBLE, "add_keys(tiles.p, of.d_o, some, seen, origin, dv_sum);",
              "add_keys(tiles.s1, of.d_o, some, seen, origin, dv_sum);", ATTENTION_TWIN),
-    Mutation("twin: keys before key_start lose the output's cotangent", "ttt_kernels/jvp.py",
-             "whole.get(name, value) for", "value for", ATTENTION_TWIN),
+    Mutation("twin: r loses n", DOUBLE, "if (c.r) c.r[statistic(position, head)] = r[row];",
+             "if (c.r) c.r[statistic(position, head)] = r[row] - near[row];", "test_jvp_where_tensors_have_a_mean"),
+    Mutation("twin: the tangent without what it lost", DOUBLE, "if (c.do_rest) c.do_rest.write_rest(",
+             "if (c.do_rest) c.do_rest.write(", "test_jvp_where_tensors_have_a_mean"),
+    Mutation("twin: E loses rowsum(dO * O')", DOUBLE, "e[row] = dot(of.d_o + row * stride, o, D);", "e[row] = C(0);",
+             ATTENTION_TWIN),
     Mutation("swiglu's slope loses its second term", "csrc/cpu/swiglu.cpp", "slope = s + silu * rest", "slope = s",
              SETS),
     Mutation("swiglu's curvature", "csrc/cpu/swiglu.cpp", "splat(C(2)) + g * (rest - s)",
@@ -277,6 +283,40 @@ MUTATIONS = (
     Mutation("Triton: S' with what a row has in common", T_DOUBLE,
              "tl.where(_common(b_r, b_square), b_r, 0.0)", "0.0 * b_r", MEAN),
     Mutation("Triton: o without what it lost", T_TILES, "b_piece += load_piece(x_rest", "0 * load_piece(x_rest", MEAN),
+    Mutation("Triton, tangents: O' loses P C", T_ALONG, "b_m = add_product(b_m, b_p, b_c, D, FIRST)", "pass", SMALL),
+    Mutation("Triton, tangents: S' loses Q B^T", T_ALONG, "b_s1 = add_product_t(b_s1, b_q, b_b, D)", "pass", SMALL),
+    Mutation("Triton, tangents: the mean does not move", T_ALONG, "b_shift = b_moved - b_near",
+             "b_shift = 0.0 * b_near", SMALL),
+    Mutation("Triton, tangents: S' with what a row has in common", T_ALONG, "b_moved = b_near + tl.sum(b_p * b_s1, 1)",
+             "b_moved = b_near + 0.0 * tl.sum(b_p * b_s1, 1)", MEAN_OF_TENSORS),
+    Mutation("Triton, tangents: sums about the old mean", T_ALONG, "_less(b_m, b_o, b_shift[:, None])", "b_m", SMALL),
+    Mutation("Triton, tangents: O' without what it lost", T_ALONG, "b_lost = rest(b_piece, t[0].dtype.element_ty)",
+             "b_lost = 0.0 * b_piece", MEAN_OF_TENSORS),
+    Mutation("Triton, tangents: T loses X V^T", T_ALONG_BACK, "b_g = product_t(b_x, b_v, BQ, BK, D)",
+             "b_g = tl.zeros((BQ, BK), tl.float32)", SMALL),
+    Mutation("Triton, tangents: E loses rowsum(X * O)", T_ALONG_BACK,
+             "b_e += row_sums(x_o, x_rest, x_x, i, Tq, BQ, D, PIECES)", "pass", SMALL),
+    Mutation("Triton, tangents: Q_bar loses dS B", T_ALONG_BACK, "b_qbar = add_product(b_qbar, b_ds, b_b, D, FIRST)",
+             "pass", SMALL),
+    Mutation("Triton, tangents: Q_bar loses dO C^T", T_ALONG_BACK, "b_g = add_product_t(b_g, b_do, b_c, D)", "pass",
+             SMALL),
+    Mutation("Triton, tangents: K_bar loses dO C^T", T_ALONG_BACK, "b_g = add_product_t(b_g, b_c, b_do, D)", "pass",
+             SMALL),
+    Mutation("Triton, tangents: K_bar loses dS^T A", T_ALONG_BACK, "b_kbar = add_product(b_kbar, b_ds, b_a, D, FIRST)",
+             "pass", SMALL),
+    Mutation("Triton, tangents: V_bar loses P^T X", T_ALONG_BACK, "b_vbar = add_product(b_vbar, b_p, b_x, D, FIRST)",
+             "pass", SMALL),
+    Mutation("Triton, tangents: V_bar of P S'", T_ALONG_BACK, "b_p * (b_s1 - b_r), b_do", "b_p * b_s1, b_do", SMALL),
+    Mutation("Triton, tangents: dV of P'", T_ALONG_BACK, "b_dv = add_product(b_dv, b_p, b_do, D, FIRST)",
+             "b_dv = add_product(b_dv, b_p * b_r, b_do, D, FIRST)", SMALL),
+    Mutation("Triton, tangents: a head of the group is lost", T_ALONG_BACK, "for member in range(group):",
+             "for member in range(group - 1 + (group == 1)):", SMALL),
+    Mutation("Triton, tangents: the tile of key_start has none", T_VISIBLE, "tl.maximum(span[0], cut)",
+             "tl.maximum(span[0], cut + SIZE)", SMALL),
+    Mutation("Triton, tangents: tiles before key_start are lost", T_VISIBLE, "tl.minimum(span[5], cut), SIZE",
+             "tl.minimum(span[2], cut), SIZE", CASE + "last and keys"),
+    Mutation("Triton, tangents: keys before key_start have no gradients", "ttt_kernels/swa/triton_jvp.py",
+             '("jvp_keys_before", 0, key_start,', '("jvp_keys_before", key_start, key_start,', SMALL),
     Mutation("Triton: dQ forgets D", T_BACKWARD, "b_p * (b_dp - b_delta[:, None])", "b_p * b_dp", SMALL),
     Mutation("Triton: dK forgets D", T_BACKWARD, "(product_t(b_v, b_do, BK, BQ, D) - b_delta)",
              "product_t(b_v, b_do, BK, BQ, D)", SMALL),

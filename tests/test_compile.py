@@ -112,6 +112,7 @@ def test_every_kernel_is_listed() -> None:
         "swa": (
             *("forward", "backward_queries", "backward_keys"),
             *("along", "double_backward_queries", "double_backward_keys"),
+            *("jvp_forward", "jvp_backward_queries", "jvp_backward_keys", "jvp_keys_before"),
         ),
         "swiglu": ("gate_and_up", *orders),
         "linear_ce": ("online", "d_logits", "second"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from ttt_kernels import backends, sliding_window_attention
+from ttt_kernels import backends, sliding_window_attention, sliding_window_attention_jvp
 from ttt_kernels.extension import cpu as extension
 from ttt_kernels.swa import operator
 
@@ -146,6 +146,27 @@ def test_within_budget_where_keys_or_values_have_a_mean(
     own = on("cpu", window=window)
     function = lambda name: own if name == "cpu" else lambda *x: dense(*x, window=window)  # noqa: E731
     assert_within_budget(function, [q, k + of_keys, v + of_values], dtype, "cpu", slack=slack)
+
+
+@pytest.mark.skipif(not KERNELS, reason="needs the C++ kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("which", [(1,), (2, 5)], ids=str)
+def test_jvp_where_tensors_have_a_mean(dtype: torch.dtype, which: tuple[int, ...]) -> None:
+    """Then a tangent of scores has much in common along a row, or the output's is a small difference of large numbers.
+
+    Beside plain attention, which rounds every intermediate result; the formulas round less.
+    """
+    tensors = [*qkv(1, 40, 200, 2, 1, 16), *qkv(1, 40, 200, 2, 1, 16, seed=10)]
+    inputs = [t + 10 * (i in which) for i, t in enumerate(tensors)]
+
+    def plain(*given: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.jvp(lambda *x: dense(*x, window=150), given[:3], given[3:])
+
+    own = lambda *x: sliding_window_attention_jvp(*x, window=150, backend="cpu")  # noqa: E731
+    slack = 3.0 if dtype == torch.float32 else 2.0
+    assert_within_budget(
+        lambda name: own if name == "cpu" else plain, inputs, dtype, "cpu", highest=1, slack=slack
+    )
 
 
 @pytest.mark.skipif(not KERNELS, reason="needs the C++ kernels")

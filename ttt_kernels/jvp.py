@@ -3,11 +3,11 @@
 With J the derivative of an operator f at its inputs, the tangent J t is what the double backward of f computes as the
 cotangent of the output's cotangent, from t as the cotangents of the gradients. So the gradient of <J t, d> with respect
 to t is J^T d, the backward of f for the cotangent d, and with respect to the inputs it is the rest of the double
-backward, the gradient of <J^T d, t>. A twin needs no kernels of its own, but may have them where they share products.
+backward, the gradient of <J^T d, t>. A twin needs no kernels of its own, but may have them where they share products
+(`twin_of_kernels`).
 """
 
-from collections.abc import Container, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Container, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,25 +15,14 @@ from torch import Tensor
 from ttt_kernels.registry import Kernel, Operator
 from ttt_kernels.tangents import total
 
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-
-def twin(
-    base: Operator,
-    whole: Mapping[str, Any] = _NOTHING,
-    own: Mapping[str, dict[str, Kernel]] = _NOTHING,
-    **fixed: Any,
-) -> Operator:
-    """The operator `<name>_jvp` of an operator with one output.
+def twin(base: Operator, **fixed: Any) -> Operator:
+    """The operator `<name>_jvp` of an operator with one output, on all its backends, without kernels of its own.
 
     Its inputs are those of `base`, then a tangent for each that is differentiable, in their order, None being zero;
     its outputs are base's and "tangent", and its parameters base's without those that are fixed.
 
     Args:
-        base: all its backends serve the twin too.
-        whole: values of parameters with which base's backward gives gradients of all there is, where a caller's
-            value leaves some out; the tangents then have the shapes of what is left.
-        own: backend -> order -> a kernel that stands for the one composed of base's, which saves the same.
         fixed: values of parameters of base in every call.
     """
 
@@ -41,10 +30,8 @@ def twin(
         out, *saved = base.fake(*given[: len(base.inputs)], *_settings(base, fixed, given[_count(base) :]))
         return out, out.new_empty(out.shape), *saved
 
-    kernels = {
-        name: composed(base, of, whole, **fixed) | own.get(name, {}) for name, of in base.kernels.items()
-    }
-    return twin_of_kernels(base, kernels, fake, base.saved, fixed)
+    kernels = {name: composed(base, of, **fixed) for name, of in base.kernels.items()}
+    return twin_of_kernels(base, kernels, fake, base.saved, fixed, base.keeps)
 
 
 def twin_of_kernels(
@@ -53,8 +40,9 @@ def twin_of_kernels(
     fake: Kernel,
     saved: dict[str, str],
     fixed: Container[str] = (),
+    keeps: tuple[str, ...] = (),
 ) -> Operator:
-    """The same with given kernels, which may save other values than base's."""
+    """The same with given kernels, which may save and keep other values than base's."""
     (output,) = base.outputs
     dots = {f"{name}_dot": "Tensor?" for name in base.differentiable}
     return Operator(
@@ -67,13 +55,11 @@ def twin_of_kernels(
         fake=fake,
         kernels=kernels,
         refusals=base.refusals,
-        keeps=base.keeps,
+        keeps=keeps,
     )
 
 
-def composed(
-    base: Operator, of: dict[str, Kernel], whole: Mapping[str, Any] = _NOTHING, **fixed: Any
-) -> dict[str, Kernel]:
+def composed(base: Operator, of: dict[str, Kernel], **fixed: Any) -> dict[str, Kernel]:
     """A twin's kernels, composed of those of base's three orders on one backend, and saving what those save."""
     n_in, n_diff = len(base.inputs), len(base.differentiable)
     n_params = len(base.params) - len(fixed)
@@ -92,14 +78,12 @@ def composed(
         needs, given = given[-1], given[:-1]
         inputs, dots, rest = given[:n_in], given[n_in : n_in + n_diff], given[n_in + n_diff :]
         state = len(rest) - n_params
-        settings = _settings(base, fixed, rest[state:])
-        every = (*inputs, *rest[:state], *settings)
+        every = (*inputs, *rest[:state], *_settings(base, fixed, rest[state:]))
         of_inputs, of_dots = needs[:n_diff], needs[n_diff:]
         to_inputs: tuple[Tensor | None, ...] = (None,) * n_diff
         to_dots: tuple[Tensor | None, ...] = (None,) * n_diff
         if any(of_inputs):
-            of_all = [whole.get(name, value) for name, value in zip(base.params, settings, strict=True)]
-            direct = of["backward"](d_out, *inputs, *rest[:state], *of_all, of_inputs)
+            direct = of["backward"](d_out, *every, of_inputs)
             # Without what base may carry, which nobody wants.
             through = of["double_backward"](*dots, d_tangent, *every, (False, *of_inputs))[1 : 1 + n_diff]
             to_inputs = tuple(total(a, b) for a, b in zip(direct, through, strict=True))

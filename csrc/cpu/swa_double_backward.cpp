@@ -11,7 +11,7 @@
 //
 // Where O and O' have both been given to somebody, both have cotangents, X and dO: then X V^T - rowsum(X * O)
 // joins what stands beside S' in T, P^T X joins V', and those of A, B and C, which are what the backward pass
-// gives for dO, cost a product each.
+// gives for dO, cost a product each. Whoever has been given O' has r, too, so that no first sweep is needed.
 #include <algorithm>
 
 #include "common/parallel.h"
@@ -29,8 +29,12 @@ struct Call {
     Sizes s;
     Outcome<C> outcome;
     Source<C> k, v, a, b, c, x;
+    // O' and what it lost to rounding, or nothing before they are known; r (B, H, Tq), read with them and
+    // written without.
+    Source<C> tangent, tangent_rest;
+    C* r;
     int64_t key_start;
-    Sink<C> do_bar, q_bar;
+    Sink<C> do_bar, do_rest, q_bar;
     KeySum<C> k_bar, v_bar;
     Sink<C> dq;
     KeySum<C> dk, dv;
@@ -147,13 +151,36 @@ struct Task {
                 c.outcome.read(queries.b, position, head, D, r[row], o, spare);
                 for (int64_t d = 0; d < D; d += lanes<C>) store(m + d, load(m + d) - load(o + d));
                 c.do_bar.write(queries.b, position, head, m, C(1));
+                if (c.do_rest) c.do_rest.write_rest(queries.b, position, head, m, C(1));
             }
             if (c.x) {
                 c.outcome.read(queries.b, position, head, D, C(1), o, spare);
                 e[row] += dot(x + row * stride, o, D);
             }
             r[row] += near[row];
+            if (c.r) c.r[statistic(position, head)] = r[row];
         }
+    }
+
+    // r and E of what the first sweep of another call found.
+    void recall() {
+        Scratch<C> memory(2 * stride);
+        C *o = memory.take(stride), *spare = memory.take(stride);
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t position = queries.position(row), head = queries.head(row);
+            r[row] = c.r[statistic(position, head)];
+            read_whole(c.tangent, c.tangent_rest, queries.b, position, head, D, C(1), o, spare);
+            e[row] = dot(of.d_o + row * stride, o, D);
+            if (c.x) {
+                c.outcome.read(queries.b, position, head, D, C(1), o, spare);
+                e[row] += dot(x + row * stride, o, D);
+            }
+        }
+    }
+
+    // Where a number of a row is in (B, H, Tq).
+    int64_t statistic(int64_t position, int64_t head) const {
+        return (queries.b * c.s.H + head) * c.s.Tq + position;
     }
 
     // r - n and M.
@@ -311,7 +338,11 @@ void double_backward(const Call<C>& c) {
         parallel_tasks(groups.size() * chunks, [&](int64_t index, int) {
             const int64_t group = index % groups.size(), chunk = index / groups.size();
             Task<C> task(c, keys, c.s.queries(groups.begin + group, chunk), group);
-            task.first_sweep();
+            if (c.tangent) {
+                task.recall();
+            } else {
+                task.first_sweep();
+            }
             if (c.second_sweep()) task.second_sweep(chunk, turns);
         });
     });
@@ -326,10 +357,12 @@ void swa_double_backward(Dtype dtype, const void* a, int64_t a_b, int64_t a_t, i
                          int64_t q_h, const void* k, int64_t k_b, int64_t k_t, int64_t k_h, const void* v,
                          int64_t v_b, int64_t v_t, int64_t v_h, const int64_t* first, int64_t first_b,
                          const void* o, int64_t o_b, int64_t o_t, int64_t o_h, const void* o_rest,
-                         int64_t rest_b, int64_t rest_t, int64_t rest_h, const void* lse, void* do_bar,
-                         void* q_bar, void* k_bar, void* v_bar, void* dq, void* dk, void* dv, int64_t B,
-                         int64_t Tq, int64_t Tk, int64_t H, int64_t Hk, int64_t D, int64_t key_start,
-                         double scale) {
+                         int64_t rest_b, int64_t rest_t, int64_t rest_h, const void* tangent,
+                         int64_t tangent_b, int64_t tangent_t, int64_t tangent_h, const void* tangent_rest,
+                         int64_t tr_b, int64_t tr_t, int64_t tr_h, const void* lse, void* r, void* do_bar,
+                         void* do_rest, void* q_bar, void* k_bar, void* v_bar, void* dq, void* dk, void* dv,
+                         int64_t B, int64_t Tq, int64_t Tk, int64_t H, int64_t Hk, int64_t D,
+                         int64_t key_start, double scale) {
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         using C = compute_t<T>;
@@ -346,8 +379,12 @@ void swa_double_backward(Dtype dtype, const void* a, int64_t a_b, int64_t a_t, i
              tensor(b, b_b, b_t, b_h),
              tensor(c, c_b, c_t, c_h),
              tensor(x, x_b, x_t, x_h),
+             tensor(tangent, tangent_b, tangent_t, tangent_h),
+             tensor(tangent_rest, tr_b, tr_t, tr_h),
+             static_cast<C*>(r),
              key_start,
              {static_cast<T*>(do_bar), Tq, H, D},
+             {static_cast<T*>(do_rest), Tq, H, D},
              {static_cast<T*>(q_bar), Tq, H, D},
              {static_cast<C*>(k_bar), 0},
              {static_cast<C*>(v_bar), 0},

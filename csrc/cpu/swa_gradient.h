@@ -5,6 +5,16 @@
 
 namespace ttt::TTT_ISA::swa {
 
+// out = a row of a tensor * factor, before rounding where its rest is there; `spare` is as long as out.
+template <class C>
+inline void read_whole(const Source<C>& from, const Source<C>& rest, int64_t sequence, int64_t position,
+                       int64_t head, int64_t D, C factor, C* out, C* spare) {
+    from.read(sequence, position, head, D, factor, out);
+    if (!rest) return;
+    rest.read(sequence, position, head, D, factor, spare);
+    for (int64_t d = 0; d < D; d += lanes<C>) store(out + d, load(out + d) + load(spare + d));
+}
+
 // Queries, the cotangent and the value of the output, what the value lost to rounding (or nothing), and its
 // log-sum-exp (B, H, Tq).
 template <class C>
@@ -13,13 +23,9 @@ struct Outcome {
     const C* lse;
     C scale;
 
-    // out = that row of the output * factor, before rounding where its rest is there; `spare` is as long as
-    // out.
+    // out = that row of the output * factor.
     void read(int64_t sequence, int64_t position, int64_t head, int64_t D, C factor, C* out, C* spare) const {
-        o.read(sequence, position, head, D, factor, out);
-        if (!o_rest) return;
-        o_rest.read(sequence, position, head, D, factor, spare);
-        for (int64_t d = 0; d < D; d += lanes<C>) store(out + d, load(out + d) + load(spare + d));
+        read_whole(o, o_rest, sequence, position, head, D, factor, out, spare);
     }
 };
 

@@ -5,9 +5,9 @@ from torch import Tensor
 from ttt_kernels import tangents
 from ttt_kernels.backends import refuse_on_cpu
 from ttt_kernels.extension import compute_dtype
-from ttt_kernels.jvp import twin
+from ttt_kernels.jvp import twin_of_kernels
 from ttt_kernels.registry import Operator
-from ttt_kernels.swa import check, cpu, reference, triton
+from ttt_kernels.swa import check, cpu, cpu_jvp, reference, reference_jvp, triton, triton_jvp
 from ttt_kernels.swa.rest import empty_rest, recorded
 
 
@@ -77,10 +77,41 @@ a backward are exact too.
 Where `keep_rest`, `o_rest` is what 16-bit `o` lost to rounding, rounded itself; otherwise it has no elements. A row's
 sum of dO * O stands against sums of exact products dO V^T, and where values have something in common the difference
 is smaller than what `o` lost."""
-jvp_operator = twin(
-    operator, whole={"key_start": 0}, own={"cpu": {"backward": cpu.jvp_backward}}, keep_rest=True
+
+
+def _fake_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    v_dot: Tensor | None,
+    window: int | None,
+    scale: float,
+    key_start: int,
+) -> tuple[Tensor, ...]:
+    o, lse, o_rest = _fake(q, k, v, key_lengths, cu_seqlens, window, scale, key_start, True)
+    return o, o.new_empty(o.shape), lse, o_rest, lse.new_empty(lse.shape), o_rest.new_empty(o_rest.shape)
+
+
+jvp_operator = twin_of_kernels(
+    operator,
+    {
+        "reference": {"forward": reference_jvp.forward, "backward": reference_jvp.backward},
+        "cpu": {"forward": cpu_jvp.forward, "backward": cpu_jvp.backward},
+        "triton": {"forward": triton_jvp.forward, "backward": triton_jvp.backward},
+    },
+    _fake_jvp,
+    saved={"lse": "Tensor", "o_rest": "Tensor", "r": "Tensor", "tangent_rest": "Tensor"},
+    fixed=("keep_rest",),
+    keeps=("o", "tangent"),
 )
-"""Its tangents of keys and values are those from `key_start` on; keys before have none."""
+"""Its tangents of keys and values are those from `key_start` on; keys before have none, but gradients.
+
+With what the tangent lost to rounding and the rows' sums r of P * S', its backward needs no pass over the keys for what
+the rows' sums in it are."""
 
 
 def sliding_window_attention(

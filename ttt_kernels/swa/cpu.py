@@ -1,12 +1,13 @@
 """Attention over a sliding window on the C++ kernels of csrc/cpu/swa_*.cpp."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ttt_kernels.extension import compute_dtype, dtype_code, kernels
+from ttt_kernels.extension import addresses, compute_dtype, dtype_code, kernels
 from ttt_kernels.swa import check
 from ttt_kernels.swa.rest import empty_rest
 from ttt_kernels.swa.visible import first_keys
@@ -116,31 +117,35 @@ def double_backward(
 ) -> tuple[Tensor | None, ...]:
     """As `reference.double_backward`."""
     saved = (q, k, v, key_lengths, cu_seqlens, o, lse, o_rest, window, scale, key_start)
-    return _second((g_q, g_k, g_v), None, d_o, saved, (*needs, False, False, False))[:4]
+    results, _ = second((g_q, g_k, g_v), None, d_o, saved, (*needs, False, False, False))
+    return results[:4]
 
 
-def jvp_backward(
-    d_o: Tensor, d_tangent: Tensor, q: Tensor, k: Tensor, v: Tensor, *given: Any
-) -> tuple[Tensor | None, ...]:
-    """The backward of the twin that takes tangents: cotangents of q, k, v and of their tangents, in one kernel."""
-    key_lengths, cu_seqlens, q_dot, k_dot, v_dot, *kept, needs = given
-    saved: list[Any] = [q, k, v, key_lengths, cu_seqlens, *kept]
-    if not any(needs[:3]):
-        arguments: list[Any] = [d_tangent, *saved, True, needs[3:]]
-        return None, None, None, *backward(*arguments)
-    return _second((q_dot, k_dot, v_dot), d_o, d_tangent, saved, (False, *needs))[1:]
+@dataclass(frozen=True)
+class Along:
+    """The cotangent of d_o, which is the tangent of o; what it lost to rounding; and the rows' sums r (B, H, Tq)."""
+
+    tangent: Tensor
+    rest: Tensor
+    r: Tensor
 
 
-def _second(
+def second(
     cotangents: Sequence[Tensor | None],
     d_output: Tensor | None,
     d_o: Tensor,
     saved: Sequence[Any],
     needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+    known: Along | None = None,
+    *,
+    keep: bool = False,
+) -> tuple[tuple[Tensor | None, ...], Along | None]:
     """Cotangents of d_o, q, k and v, those of a cotangent of o included, and the gradients of q, k and v for d_o.
 
-    `saved` are q, k, v, key_lengths, cu_seqlens, o, lse, o_rest, window, scale and key_start.
+    Args:
+        saved: q, k, v, key_lengths, cu_seqlens, o, lse, o_rest, window, scale and key_start.
+        known: what another call with the same cotangents gave to be kept; no cotangent of d_o is needed then.
+        keep: whether it is wanted, with the cotangent of d_o.
     """
     *_, key_lengths, cu_seqlens, o, lse, o_rest, window, scale, key_start = saved
     given = [None if g is None else _rows(g) for g in (*cotangents, d_output)]
@@ -153,14 +158,19 @@ def _second(
     of_queries, of_keys = (q.shape, None), (k.shape, wide)
     kinds = (of_queries, of_queries, of_keys, of_keys, of_queries, (own, wide), (own, wide))
     results = [_memory(q, *kind) if need else None for kind, need in zip(kinds, needs, strict=True)]
+    do_bar, *others = results
+    do_rest = empty_rest(q, True) if keep else None
+    r = torch.empty_like(lse) if keep else None if known is None else known.r.contiguous()
+    tangent, tangent_rest = (None, None) if known is None else (_rows(known.tangent), _rows(known.rest))
     if q.numel():
         kernels().swa_double_backward(
             dtype_code(q.dtype), *(n for g in given for n in _located(g)),
             *_located(d_o), *_located(q), *_located(k), *_located(v), first.data_ptr(), first_b, *_located(o),
-            *_located(o_rest), lse.data_ptr(), *(0 if t is None else t.data_ptr() for t in results),
-            b, tq, tk, heads, kv_heads, d, key_start, scale,
+            *_located(o_rest), *_located(tangent), *_located(tangent_rest), lse.data_ptr(),
+            *addresses(r, do_bar, do_rest, *others), b, tq, tk, heads, kv_heads, d, key_start, scale,
         )  # fmt: skip
-    return tuple(None if t is None else t.to(q.dtype) for t in results)
+    kept = None if do_bar is None or do_rest is None or r is None else Along(do_bar, do_rest, r)
+    return tuple(None if t is None else t.to(q.dtype) for t in results), kept
 
 
 def _memory(like: Tensor, shape: Sequence[int], sums: torch.dtype | None) -> Tensor:

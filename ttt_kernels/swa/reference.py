@@ -47,7 +47,7 @@ def scores_tangent(
     )
 
 
-def _weights(layout: Layout, q: Tensor, k: Tensor, lse: Tensor, block: Block, scale: float) -> Tensor:
+def weights(layout: Layout, q: Tensor, k: Tensor, lse: Tensor, block: Block, scale: float) -> Tensor:
     """P of a block from the saved lse."""
     rows = layout.statistic(lse, block)
     return torch.exp(scores(layout, q, k, block, scale) - rows.masked_fill(rows == float("-inf"), 0))
@@ -83,7 +83,7 @@ def joined(layout: Layout, outputs: Sequence[Tensor], keep_rest: bool) -> tuple[
     return o, layout.join_queries([t - t.to(layout.dtype) for t in outputs])
 
 
-def _row_products(layout: Layout, d_o: Tensor, o: Tensor, o_rest: Tensor, block: Block) -> Tensor:
+def row_products(layout: Layout, d_o: Tensor, o: Tensor, o_rest: Tensor, block: Block) -> Tensor:
     """D of a block, rowsum(dO * O)."""
     d_o, o = (layout.widen(layout.queries(t, block)) for t in (d_o, o))
     if o_rest.numel():
@@ -116,11 +116,11 @@ def backward(
     for block in blocks(q, k, first_keys(q, k, key_lengths, cu_seqlens, window), window):
         qb, d_ob = (lay.queries(t, block) for t in (q, d_o))
         kb, vb = lay.keys(k, block), lay.keys(v, block)
-        p = _weights(lay, q, k, lse, block, scale)
+        p = weights(lay, q, k, lse, block, scale)
         if needs[2]:
             d_v.add(block, lay.product(p[..., d_v.wanted(block)].mT, d_ob))
         if needs[0] or needs[1]:
-            d = _row_products(lay, d_o, o, o_rest, block)
+            d = row_products(lay, d_o, o, o_rest, block)
             d_s = p * (lay.product(d_ob, vb.mT) - d)
             if needs[0]:
                 d_q.append(scale * lay.product(d_s, kb))
@@ -160,7 +160,7 @@ def double_backward(
     Q_bar = s (dS B + T K)        K_bar = s (dS^T A + T^T Q)          V_bar = P'^T dO
     """
     lay, k, v = layout(q, k), valid(k, key_lengths), valid(v, key_lengths)
-    b, c = (_all_keys(g, k, key_lengths) for g in (g_k, g_v))
+    b, c = (all_keys(g, k, key_lengths) for g in (g_k, g_v))
     do_bar, q_bar = [], []
     k_bar, v_bar = KeySum(k.shape[1], 0), KeySum(k.shape[1], 0)
     for block in blocks(q, k, first_keys(q, k, key_lengths, cu_seqlens, window), window):
@@ -168,7 +168,7 @@ def double_backward(
         kb, vb = (lay.keys(t, block) for t in (k, v))
         ab = None if g_q is None else lay.queries(g_q, block)
         bb, cb = (None if g is None else lay.keys(g, block) for g in (b, c))
-        p = _weights(lay, q, k, lse, block, scale)
+        p = weights(lay, q, k, lse, block, scale)
         s1 = scores_tangent(lay, qb, kb, ab, bb, scale)
         r = (p * s1).sum(-1, keepdim=True)
         p1 = p * (s1 - r)
@@ -177,7 +177,7 @@ def double_backward(
         if needs[3]:
             v_bar.add(block, lay.product(p1.mT, d_ob))
         if needs[1] or needs[2]:
-            d = _row_products(lay, d_o, o, o_rest, block)
+            d = row_products(lay, d_o, o, o_rest, block)
             d_p = lay.product(d_ob, vb.mT)
             d_s = p * (d_p - d)
             g = total(s1 * (d_p - d) - r * d_p, lay.product(d_ob, transposed(cb)))
@@ -194,7 +194,7 @@ def double_backward(
     )
 
 
-def _all_keys(g: Tensor | None, k: Tensor, key_lengths: Tensor | None) -> Tensor | None:
+def all_keys(g: Tensor | None, k: Tensor, key_lengths: Tensor | None) -> Tensor | None:
     """The cotangent of dK or dV with zeros for the keys before `key_start`, which have no gradient."""
     if g is None:
         return None

@@ -5,8 +5,14 @@ from typing import Any
 import torch
 
 from ttt_kernels.aot import Case, Constant
-from ttt_kernels.swa import triton_backward, triton_double_backward, triton_forward
-from ttt_kernels.swa.triton_configs import configs, parts, pieces, sums_both
+from ttt_kernels.swa import (
+    triton_backward,
+    triton_double_backward,
+    triton_forward,
+    triton_jvp_backward,
+    triton_jvp_forward,
+)
+from ttt_kernels.swa.triton_configs import configs, parts, pieces, sums_both, sums_together
 
 _KERNELS = {
     "forward": triton_forward.attention,
@@ -15,6 +21,10 @@ _KERNELS = {
     "along": triton_double_backward.along,
     "double_backward_queries": triton_double_backward.queries,
     "double_backward_keys": triton_double_backward.keys,
+    "jvp_forward": triton_jvp_forward.attention,
+    "jvp_backward_queries": triton_jvp_backward.queries,
+    "jvp_backward_keys": triton_jvp_backward.keys,
+    "jvp_keys_before": triton_jvp_backward.keys,
 }
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _VECTORS = {"p_lengths": "*i32", "p_first": "*i32", "p_end": "*i32"}
@@ -24,6 +34,10 @@ _OPTIONAL = {
     "t_dk": ("t_dk", "p_delta"),
     "t_kbar": ("t_kbar", "p_e", "p_delta"),
 }
+_OPTIONAL_JVP = {
+    **{name: (name,) for name in ("t_a", "t_b", "t_c", "t_qbar", "t_dq", "t_kbar", "t_vbar", "t_dk", "t_dv")},
+    "t_rest": ("t_rest", "t_odot_rest"),
+}
 """Result or cotangent that may be missing -> the arguments that are missing then."""
 
 
@@ -31,7 +45,7 @@ def _arguments(name: str, kernel: Any, dtype: torch.dtype, head_dim: int, packed
     """Types of all arguments but the sizes of tiles, with every result wanted and every cotangent given."""
     found: dict[str, Any] = {}
     for argument in kernel.arg_names:
-        if argument == "t_rest" and dtype == torch.float32:
+        if argument in ("t_rest", "t_odot_rest") and dtype == torch.float32:
             found[argument] = Constant(None)
         elif argument.startswith("t_"):
             found[argument] = (f"*{_TYPES[dtype]}", "i32", "i32", "i32")
@@ -45,16 +59,23 @@ def _arguments(name: str, kernel: Any, dtype: torch.dtype, head_dim: int, packed
     constants = {
         "D": head_dim,
         "PIECES": pieces(name, head_dim, dtype),
-        "SHIFTED": packed,
+        # The usual one of each: with tangents, keys from before have none.
+        "SHIFTED": packed != name.startswith("jvp"),
         "FIRST": first,
         "COUNT": count,
     }
     given = {name: Constant(value) for name, value in constants.items() if name in found}
+    if name == "jvp_keys_before":
+        given |= dict.fromkeys(("t_b", "t_c", "t_dk", "t_dv"), Constant(None))
     return {**found, "scale": "fp32", **given}
 
 
-def _results(arguments: dict[str, Any], dtype: torch.dtype, head_dim: int) -> list[dict[str, Any]]:
-    """The results of a launch: all, or one by one where registers do not hold sums of both."""
+def _results(name: str, arguments: dict[str, Any], dtype: torch.dtype, head_dim: int) -> list[dict[str, Any]]:
+    """The results of a launch: all, or some at a time where registers do not hold sums of all."""
+    if name in ("jvp_backward_keys", "jvp_keys_before"):
+        launches = [set(together) for together in sums_together(name, head_dim, dtype)]
+        every = {"t_kbar", "t_vbar", "t_dk", "t_dv"}
+        return [_without(arguments, tuple(every - together)) for together in launches]
     sums = [argument for argument in arguments if argument in ("t_dk", "t_dv", "t_kbar", "t_vbar")]
     if not sums or sums_both(head_dim, dtype):
         return [arguments]
@@ -81,7 +102,7 @@ def cases(arch: int) -> list[Case]:
             for config in choices if (dtype, head_dim, packed) in plain else choices[:1]:
                 found += [
                     Case(f"swa.{name}", variant, kernel, arguments, config, dtype != torch.float32)
-                    for arguments in _results(everything, dtype, head_dim)
+                    for arguments in _results(name, everything, dtype, head_dim)
                 ]
         everything = _arguments(name, kernel, torch.bfloat16, 64, False)
         config = configs(name, 64, torch.bfloat16, arch)[0]
@@ -93,9 +114,9 @@ def cases(arch: int) -> list[Case]:
                 kernel,
                 _without(everything, also),
                 config,
-                missing != "t_dq",
+                missing != "t_dq" or name != "backward_queries",
             )
-            for missing, also in _OPTIONAL.items()
-            if missing in everything
+            for missing, also in (_OPTIONAL_JVP if name.startswith("jvp") else _OPTIONAL).items()
+            if isinstance(everything.get(missing, Constant(None)), str | tuple)
         ]
     return found

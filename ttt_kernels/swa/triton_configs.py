@@ -17,7 +17,8 @@ def pieces(kernel: str, head_dim: int, dtype: torch.dtype) -> tuple[int, ...]:
     float32, the last step of `along`, and sums of wide heads.
     """
     left = -(-head_dim // 16) * 16
-    largest = 64 if kernel == "along" or head_dim > SHARED_HEAD_DIM else 128
+    narrow = kernel == "along" or kernel.startswith("jvp") or head_dim > SHARED_HEAD_DIM
+    largest = 64 if narrow else 128
     if dtype == torch.float32:
         largest = 16
     found = []
@@ -32,15 +33,29 @@ def sums_both(head_dim: int, dtype: torch.dtype) -> bool:
     return head_dim <= SHARED_HEAD_DIM and dtype != torch.float32
 
 
-def parts(kernel: str, head_dim: int, dtype: torch.dtype) -> list[tuple[int, int]]:
-    """First piece and number of pieces of what each launch of a kernel of the double backward sums.
+def sums_together(kernel: str, head_dim: int, dtype: torch.dtype) -> list[tuple[str, ...]]:
+    """Which results a launch by keys sums at once in the backward with tangents, whose kernel `kernel` names."""
+    results = ("t_kbar", "t_vbar") if kernel == "jvp_keys_before" else ("t_kbar", "t_vbar", "t_dk", "t_dv")
+    if not sums_both(head_dim, dtype):
+        return [(result,) for result in results]
+    if head_dim <= 64 or len(results) == 2:
+        return [results]
+    if head_dim <= 96:
+        return [("t_kbar", "t_dk"), ("t_vbar", "t_dv")]
+    return [("t_kbar",), ("t_vbar",), ("t_dk", "t_dv")]
 
-    Of wide heads registers do not hold sums of all.
+
+def parts(kernel: str, head_dim: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """First piece and number of pieces of what each launch of a kernel sums.
+
+    Of wide heads registers do not hold sums of all in the double backward and with tangents.
     """
     count = len(pieces(kernel, head_dim, dtype))
-    if dtype == torch.float32 or head_dim <= SHARED_HEAD_DIM:
+    if head_dim <= SHARED_HEAD_DIM or (dtype == torch.float32 and not kernel.startswith("jvp")):
         return [(0, count)]
-    step = 1 if kernel == "double_backward_keys" else 2
+    step = 2 if kernel in ("double_backward_queries", "jvp_forward") else 1
+    if dtype == torch.float32:
+        step = 8
     return [(first, min(step, count - first)) for first in range(0, count, step)]
 
 
@@ -96,6 +111,27 @@ _NARROW: Table = {
         128: (config(16, 64, 4, 1),),
         256: (_unguided(16, 64, 4),),
     },
+    "jvp_forward": {
+        64: (config(64, 64, 4, 2), config(128, 64, 8, 2)),
+        128: (config(64, 32, 4, 2),),
+        256: (config(64, 16, 4, 1),),
+    },
+    "jvp_backward_queries": {
+        64: (config(64, 32, 4, 2), config(128, 32, 8, 2)),
+        80: (config(64, 32, 4, 1),),
+        128: (config(64, 16, 4, 1),),
+        256: (_unguided(64, 16, 4),),
+    },
+    "jvp_backward_keys": {
+        128: (config(16, 64, 4, 1),),
+        256: (_unguided(16, 64, 4),),
+    },
+    "jvp_keys_before": {
+        64: (config(32, 64, 4, 2),),
+        80: (config(32, 64, 4, 1),),
+        128: (config(16, 64, 4, 1),),
+        256: (_unguided(16, 64, 4),),
+    },
 }
 """For bfloat16 and float16.
 
@@ -130,6 +166,26 @@ _AMPERE: Table = {
         128: (config(16, 32, 8, 1),),
         256: (config(16, 16, 8, 1),),
     },
+    "jvp_forward": {
+        64: (config(64, 32, 8, 2),),
+        128: (config(32, 32, 8, 1),),
+        256: (config(16, 16, 4, 1),),
+    },
+    "jvp_backward_queries": {
+        64: (config(64, 32, 8, 1),),
+        128: (config(32, 16, 8, 1),),
+        256: (config(16, 16, 8, 1),),
+    },
+    "jvp_backward_keys": {
+        64: (config(16, 32, 4, 1),),
+        128: (config(16, 32, 8, 1),),
+        256: (config(16, 16, 8, 1),),
+    },
+    "jvp_keys_before": {
+        64: (config(16, 64, 8, 1),),
+        128: (config(16, 32, 8, 1),),
+        256: (config(16, 16, 8, 1),),
+    },
 }
 """As `_NARROW`, for devices before Hopper, where factors of products are in registers."""
 
@@ -155,6 +211,17 @@ _BLACKWELL: Table = {
         64: (config(32, 128, 8, 1),),
         256: (config(16, 64, 8, 1),),
     },
+    "jvp_forward": {
+        64: (config(64, 32, 4, 2),),
+        128: (config(64, 16, 4, 1),),
+        256: (config(64, 16, 4, 1),),
+    },
+    "jvp_backward_keys": {64: (config(32, 64, 4, 1),), **_NARROW["jvp_backward_keys"]},
+    "jvp_keys_before": {
+        64: (config(32, 64, 4, 1),),
+        128: (config(16, 64, 4, 1),),
+        256: (_unguided(16, 64, 4),),
+    },
 }
 """As `_NARROW`, for devices from sm_100 on."""
 
@@ -165,6 +232,10 @@ _WIDE: Table = {
     "along": {128: (_exact(32, 16, 8),), 256: (_exact(16, 16, 8),)},
     "double_backward_queries": {256: (_exact(32, 16, 8),)},
     "double_backward_keys": {256: (_exact(16, 16, 4),)},
+    "jvp_forward": {256: (_exact(16, 16, 8),)},
+    "jvp_backward_queries": {256: (_exact(16, 16, 8),)},
+    "jvp_backward_keys": {256: (_exact(16, 16, 4),)},
+    "jvp_keys_before": {256: (_exact(16, 16, 4),)},
 }
 """As `_NARROW`, for float32."""
 

@@ -151,7 +151,7 @@ def along(
 
 
 @triton.jit
-def _gradients(b_p, b_s1, b_dp, b_doc, b_delta, b_r, b_e):
+def gradients(b_p, b_s1, b_dp, b_doc, b_delta, b_r, b_e):
     """dS = P * (dP - D) and T = P * ((S' - r) * (dP - D) + dO C^T - E), where S' and dO C^T may be None."""
     b_g = -b_e
     if b_s1 is not None:
@@ -188,7 +188,7 @@ def _query_tile(
     if x_c is not None:
         b_c = load_rows(x_c, j, tl.maximum(low, key_start), Tk, BK, D, PIECES, EDGE or SHIFTED)
         b_doc = product_t(b_do, b_c, BQ, BK, D)
-    b_ds, b_t = _gradients(b_p, b_s1, b_dp, b_doc, b_delta, b_r, b_e)
+    b_ds, b_t = gradients(b_p, b_s1, b_dp, b_doc, b_delta, b_r, b_e)
     b_acc = add_product(b_acc, b_t, b_k, D, FIRST)
     if b_b is not None:
         b_acc = add_product(b_acc, b_ds, b_b, D, FIRST)
@@ -265,7 +265,7 @@ def _key_tile(
         b_doc = None
         if b_c is not None:
             b_doc = product_t(b_c, b_do, BK, BQ, D)
-        b_ds, b_t = _gradients(b_p, b_s1, b_dp, b_doc, b_delta, b_r, b_e)
+        b_ds, b_t = gradients(b_p, b_s1, b_dp, b_doc, b_delta, b_r, b_e)
         b_kbar = add_product(b_kbar, b_t, b_q, D, FIRST)
         if b_a is not None:
             b_kbar = add_product(b_kbar, b_ds, b_a, D, FIRST)

@@ -36,12 +36,15 @@ def _exponential(b_x, b_q):
 
 
 @triton.jit
-def _tile(
-    b_acc, b_max, b_sum, b_q, x_k, x_v, i, j, p_first, low, Tq, Tk, window, scale,
-    BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, EDGE: tl.constexpr,
+def softmax_tile(
+    b_max, b_sum, b_q, b_k, i, j, p_first, low, Tq, Tk, window, scale,
+    BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys [j, j + BK): b_acc and b_sum are relative to the weight of b_max."""
-    b_s = product_t(b_q, load_rows(x_k, j, low, Tk, BK, D, PIECES, EDGE), BQ, BK, D)
+    """Weights (BQ, BK) of the keys [j, j + BK), the factor by which earlier ones decay, and the new b_max and b_sum.
+
+    Weights and b_sum are relative to the weight of b_max.
+    """
+    b_s = product_t(b_q, b_k, BQ, BK, D)
     if EDGE:
         b_i = (i + tl.arange(0, BQ))[:, None]
         b_s = tl.where(seen(b_i, (j + tl.arange(0, BK))[None, :], p_first, low, Tq, Tk, window), b_s, _NONE)
@@ -52,9 +55,29 @@ def _tile(
         b_zero = tl.where(b_top == _NONE, 0.0, b_top)
     b_p = _exponential(b_s * (scale * _unit(b_q)) - b_zero[:, None], b_q)
     b_decay = _exponential(b_max - b_zero, b_q)
-    b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+    return b_p, b_decay, b_top, b_sum * b_decay + tl.sum(b_p, 1)
+
+
+@triton.jit
+def ended(b_max, b_sum, b_q):
+    """What makes weights of a sum of them, and lse, of rows that have seen all their keys."""
+    m_none = b_sum == 0
+    b_sum = tl.where(m_none, 1.0, b_sum)
+    return 1 / b_sum, tl.where(m_none, _NONE, b_max / _unit(b_q) + tl.log(b_sum))
+
+
+@triton.jit
+def _tile(
+    b_acc, b_max, b_sum, b_q, x_k, x_v, i, j, p_first, low, Tq, Tk, window, scale,
+    BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys [j, j + BK)."""
+    b_k = load_rows(x_k, j, low, Tk, BK, D, PIECES, EDGE)
+    b_p, b_decay, b_max, b_sum = softmax_tile(
+        b_max, b_sum, b_q, b_k, i, j, p_first, low, Tq, Tk, window, scale, BQ, BK, D, EDGE
+    )
     b_v = load_rows(x_v, j, low, Tk, BK, D, PIECES, EDGE)
-    return add_product(scaled(b_acc, b_decay[:, None]), b_p, b_v, D), b_top, b_sum
+    return add_product(scaled(b_acc, b_decay[:, None]), b_p, b_v, D), b_max, b_sum
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "window"])
@@ -78,14 +101,12 @@ def attention(
                 b_acc, b_max, b_sum, b_q, x_k, x_v, i, tile_start(span, index, BK, EDGE), p_first, low,
                 Tq, Tk, window, scale, BQ, BK, D, PIECES, EDGE,
             )  # fmt: skip
-    m_none = b_sum == 0
-    b_sum = tl.where(m_none, 1.0, b_sum)
-    b_acc = scaled(b_acc, (1 / b_sum)[:, None])
+    b_share, b_lse = ended(b_max, b_sum, b_q)
+    b_acc = scaled(b_acc, b_share[:, None])
     store_rows(head_of(t_o, sequence, head), b_acc, i, Tq, BQ, D, PIECES)
     if t_rest is not None:
         x_rest = head_of(t_rest, sequence, head)
         for piece in tl.static_range(len(PIECES)):
             store_piece(x_rest, rest(b_acc[piece], t_o[0].dtype.element_ty), i, Tq, piece, BQ, D, PIECES)
-    b_lse = tl.where(m_none, _NONE, b_max / _unit(b_q) + tl.log(b_sum))
     p_row = p_lse + (sequence * heads + head).to(tl.int64) * Tq
     store_statistic(p_row, b_lse, i, Tq, BQ)

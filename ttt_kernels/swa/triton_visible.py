@@ -2,7 +2,7 @@
 
 A query i sees the keys from `first_key(i)` to its own position i + Tk - Tq; neither falls along the queries. So
 the keys that a block of queries sees are one range, in whose middle every query of the block sees every key, and the
-queries that see a block of keys likewise. A range is (begin, full, full_end, left, edges): tiles from `full` to
+queries that see a block of keys likewise. A range is (begin, full, full_end, left, edges, end): tiles from `full` to
 `full_end` need no mask, and of the `edges` tiles that do, `left` begin at `begin` and the others at `full_end`.
 """
 
@@ -20,12 +20,12 @@ def query_block(heads, Tq, BQ: tl.constexpr):
 
 
 @triton.jit
-def key_block(kv_heads, key_start, Tk, BK: tl.constexpr):
-    """Sequence, head of keys and first key of this program, of the keys from key_start on."""
-    blocks = tl.cdiv(Tk - key_start, BK)
+def key_block(kv_heads, first, end, BK: tl.constexpr):
+    """Sequence, head of keys and first key of this program, of the keys from `first` to `end`."""
+    blocks = tl.cdiv(end - first, BK)
     index = tl.program_id(0)
     head = index // blocks
-    return head // kv_heads, head % kv_heads, key_start + index % blocks * BK
+    return head // kv_heads, head % kv_heads, first + index % blocks * BK
 
 
 @triton.jit
@@ -56,6 +56,13 @@ def _end_query(j, p_end, Tq, Tk, window):
 
 
 @triton.jit
+def _counted(begin, full, full_end, end, SIZE: tl.constexpr):
+    """A range from its bounds."""
+    left = tl.cdiv(full - begin, SIZE)
+    return begin, full, full_end, left, left + tl.cdiv(end - full_end, SIZE), end
+
+
+@triton.jit
 def key_range(i, p_first, low, Tq, Tk, window, BQ: tl.constexpr, BK: tl.constexpr):
     """The range of the keys that the queries [i, i + BQ) see."""
     last = tl.minimum(i + BQ, Tq) - 1
@@ -63,8 +70,7 @@ def key_range(i, p_first, low, Tq, Tk, window, BQ: tl.constexpr, BK: tl.constexp
     begin = tl.minimum(first_key(i, p_first, low, Tq, Tk, window) // BK * BK, end)
     full = tl.minimum(tl.cdiv(first_key(last, p_first, low, Tq, Tk, window), BK) * BK, end)
     full_end = tl.maximum((i + (Tk - Tq) + 1) // BK * BK, full)
-    left = tl.cdiv(full - begin, BK)
-    return begin, full, full_end, left, left + tl.cdiv(end - full_end, BK)
+    return _counted(begin, full, full_end, end, BK)
 
 
 @triton.jit
@@ -77,8 +83,23 @@ def query_range(j, p_end, low, Tq, Tk, window, BQ: tl.constexpr, BK: tl.constexp
     full = tl.minimum(tl.cdiv(tl.maximum(last - (Tk - Tq), 0), BQ) * BQ, end)
     full_end = tl.maximum(_end_query(j, p_end, Tq, Tk, window) // BQ * BQ, full)
     full_end = tl.where(j < low, full, full_end)
-    left = tl.cdiv(full - begin, BQ)
-    return begin, full, full_end, left, left + tl.cdiv(end - full_end, BQ)
+    return _counted(begin, full, full_end, end, BQ)
+
+
+@triton.jit
+def before(span, cut, SIZE: tl.constexpr):
+    """The tiles of a range before `cut`, a multiple of SIZE."""
+    return _counted(
+        tl.minimum(span[0], cut), tl.minimum(span[1], cut), tl.minimum(span[2], cut), tl.minimum(span[5], cut), SIZE
+    )  # fmt: skip
+
+
+@triton.jit
+def behind(span, cut, SIZE: tl.constexpr):
+    """The tiles of a range from `cut` on, a multiple of SIZE."""
+    return _counted(
+        tl.maximum(span[0], cut), tl.maximum(span[1], cut), tl.maximum(span[2], cut), tl.maximum(span[5], cut), SIZE
+    )  # fmt: skip
 
 
 @triton.jit
