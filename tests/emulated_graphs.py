@@ -77,9 +77,17 @@ class Emulation(TorchDispatchMode):
         """Runs a kernel that is none of torch's operations, which is recorded like one; it may change its arguments."""
         return self.__torch_dispatch__(_Kernel(func), (), args)
 
-    def watch(self, operation: _Operation) -> None:
+    def launch(self, kernel: Callable[[], None]) -> None:
+        """Runs a kernel that has no results but what it writes to its arguments; nothing watches these for races."""
+        if self._recording is None:
+            with torch.utils._python_dispatch._disable_current_modes():
+                kernel()
+        else:
+            self._recording.operations.append(_Launch(kernel))
+
+    def watch(self, operation: _Operation | _Launch) -> None:
         """Finds a race of an operation that runs on the lane at hand."""
-        if operation.func.is_view:
+        if isinstance(operation, _Launch) or operation.func.is_view:
             return
         clock = self.clocks[self.lane]
         clock[self.lane] = now = clock.get(self.lane, 0) + 1
@@ -150,16 +158,27 @@ class _Operation:
                     old.copy_(new)
 
 
+class _Launch:
+    """A kernel with its arguments."""
+
+    def __init__(self, kernel: Callable[[], None]) -> None:
+        self.again = kernel
+
+
 class _Recording:
     """Operations, and what they overwrote of memory that was there before."""
 
     def __init__(self) -> None:
-        self.operations: list[_Operation] = []
+        self.operations: list[_Operation | _Launch] = []
         self._own: set[int] = set()
+        # Of tensors made of numbers, which on a GPU are told to be on the processor.
+        self._host: set[int] = set()
         self._overwritten: dict[int, tuple[Tensor, Tensor]] = {}
 
     def note(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Runs an operation, for its results, and keeps it."""
+        if func in _LOOKS and _memory(args[0]) in self._host:
+            return func(*args, **kwargs)
         if func in _LOOKS:
             raise AssertionError(f"{func} waits for the device while it is recorded")
         if func._schema.is_mutable:
@@ -170,6 +189,8 @@ class _Recording:
                     whole = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
                     self._overwritten[key] = (whole, whole.clone())
         operation = _Operation(func, args, kwargs)
+        if func is torch.ops.aten.lift_fresh.default:
+            self._host.add(_memory(operation.results))
         self._own |= {_memory(t) for t in operation.own if t is not None}
         self.operations.append(operation)
         return operation.results
@@ -227,3 +248,20 @@ def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> set[int]
         if argument.alias_info is not None and argument.alias_info.is_write:
             found |= {_memory(t) for t in _tensors(value)}
     return found
+
+
+@contextmanager
+def interpreted_kernels(device: Emulation) -> Iterator[None]:
+    """Within the context Triton's interpreter takes launches to an emulation, with their arguments as they are then."""
+    from triton.runtime.interpreter import GridExecutor
+
+    run = GridExecutor.__call__
+
+    def launch(executor: Any, *args: Any, **kwargs: Any) -> None:
+        device.launch(lambda: run(executor, *args, **kwargs))
+
+    GridExecutor.__call__ = launch
+    try:
+        yield
+    finally:
+        GridExecutor.__call__ = run

@@ -312,6 +312,8 @@ MUTATIONS = (
     Mutation("Triton, tangents: V_bar of P S'", T_ALONG_BACK, "b_p * (b_s1 - b_r), b_do", "b_p * b_s1, b_do", SMALL),
     Mutation("Triton, tangents: dV of P'", T_ALONG_BACK, "b_dv = add_product(b_dv, b_p, b_do, D, FIRST)",
              "b_dv = add_product(b_dv, b_p * b_r, b_do, D, FIRST)", SMALL),
+    Mutation("Triton, tangents: S' of keys without tangents has no mean", T_ALONG_BACK, "        if MOVES:\n",
+             "        if x_a is not None or b_b is not None:\n", "test_missing_tangents"),
     Mutation("Triton, tangents: a head of the group is lost", T_ALONG_BACK, "for member in range(group):",
              "for member in range(group - 1 + (group == 1)):", SMALL),
     Mutation("Triton, tangents: the tile of key_start has none", T_VISIBLE, "tl.maximum(span[0], cut)",

@@ -4,7 +4,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from emulated_graphs import Emulation
+from emulated_graphs import Emulation, interpreted_kernels
+from harness import EVERY_BACKEND
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_model import model, stream
@@ -147,6 +148,21 @@ def test_without_a_window_nothing_is_recorded(device: Emulation) -> None:
     read(m, stream(64), m.init_state(), [], device)
     read(m, stream(64), m.init_state(), [], device)
     assert device.replays == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("triton" not in EVERY_BACKEND, reason="Triton's interpreter does not run here")
+def test_triton_kernels_are_replayed(device: Emulation) -> None:
+    """Their launches too have nothing in them that changes from mini-batch to mini-batch."""
+    m = model(num_layers=2, suffix_layers=1)
+    with interpreted_kernels(device), device:
+        m.prefill(stream(32, seed=1), m.init_state(), backend="triton")
+        before, state = device.replays, m.init_state()
+        found = m.prefill(stream(32), state, backend="triton")
+    assert device.replays - before == 32 // 16 + 32 // 8
+    plain = m.init_state()
+    expected = read(m, stream(32), plain, [])
+    assert_same(m, found, state, expected, plain)
 
 
 def test_numbers_are_those_of_the_recording(device: Emulation) -> None:

@@ -5,16 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from emulated_graphs import Emulation
+from emulated_graphs import Emulation, interpreted_kernels
+from harness import EVERY_BACKEND
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_model import CONFIG, stream
+from small_model import CONFIG, model, stream
 from test_meta_gradient import assert_same, gradients, wide
 from torch import Tensor
 
 from engine import TTTModel, graphs
 from engine.loss import loss
 from engine.ops import Ops
+from ttt_kernels.clipped_sgd import triton
+from ttt_kernels.clipped_sgd.triton_call import number
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 several = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=6)
@@ -130,3 +133,19 @@ def test_evaluation_replays_too(device: Emulation, monkeypatch: pytest.MonkeyPat
     assert device.replays == 1 + 4
     torch.testing.assert_close(found.nll, expected.nll, rtol=0, atol=1e-9)
     torch.testing.assert_close(found.inner_norms, expected.inner_norms, rtol=1e-9, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("triton" not in EVERY_BACKEND, reason="Triton's interpreter does not run here")
+def test_triton_kernels_are_replayed(device: Emulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their launches too have nothing in them that changes from step to step."""
+    m, tokens = model(num_layers=1, suffix_layers=1), stream(2 * SIZE + 1)
+    expected = gradients(m, tokens, backend="reference")
+    monkeypatch.setattr(graphs, "available", lambda _: True)
+    # Kernels read the rate on the device; what is on the processor is brought to them as a number.
+    monkeypatch.setattr(triton, "number", lambda value: value if isinstance(value, Tensor) else number(value))
+    with device, interpreted_kernels(device):
+        for seed in (1, 0):
+            found = gradients(m, stream(2 * SIZE + 1, seed=seed), backend="triton")
+    assert device.replays == 2 * 2
+    assert_same(found, expected, 1e-4)

@@ -61,6 +61,7 @@ def _arguments(name: str, kernel: Any, dtype: torch.dtype, head_dim: int, packed
         "PIECES": pieces(name, head_dim, dtype),
         # The usual one of each: with tangents, keys from before have none.
         "SHIFTED": packed != name.startswith("jvp"),
+        "MOVES": True,
         "FIRST": first,
         "COUNT": count,
     }

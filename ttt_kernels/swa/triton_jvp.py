@@ -112,6 +112,7 @@ def backward(
             for first, count in parts(name, q.shape[3], q.dtype):
                 call.by_keys(
                     name, triton_jvp_backward.keys, end - begin,
-                    **shared, **of_keys, **{**nothing, **sums}, first=begin, end=end, FIRST=first, COUNT=count,
+                    **shared, **of_keys, **{**nothing, **sums}, first=begin, end=end,
+                    MOVES=shared["t_a"] is not None or dots["t_b"] is not None, FIRST=first, COUNT=count,
                 )  # fmt: skip
     return tuple(results)

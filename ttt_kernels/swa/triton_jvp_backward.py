@@ -151,7 +151,7 @@ def queries(
 def _key_tile(
     b_kbar, b_vbar, b_dk, b_dv, b_k, b_v, b_b, b_c, x_q, x_a, x_x, x_do, p_lse, p_r, p_e, p_delta, i, j, p_first, low,
     Tq, Tk, window, scale,
-    BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, EDGE: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, EDGE: tl.constexpr, MOVES: tl.constexpr,
     FIRST: tl.constexpr, KBAR: tl.constexpr, VBAR: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """Adds dS^T A + T^T Q, P'^T dO + P^T X, dS^T Q and P^T dO of the queries [i, i + BQ).
@@ -171,7 +171,8 @@ def _key_tile(
     b_a = None
     b_x = None
     if KBAR or VBAR:
-        if x_a is not None or b_b is not None:
+        if MOVES:
+            # Zero where keys have no tangents and queries neither; r need not be.
             b_s1 = tl.zeros((BK, BQ), tl.float32)
             if x_a is not None:
                 b_a = load_rows(x_a, i, 0, Tq, BQ, D, PIECES, EDGE)
@@ -207,12 +208,13 @@ def _key_tile(
 def keys(
     t_q, t_k, t_v, t_a, t_b, t_c, t_x, t_do, t_kbar, t_vbar, t_dk, t_dv, p_lse, p_r, p_e, p_delta,
     p_lengths, p_first, p_end, scale, Tq, Tk, window, key_start, first, end, heads, group,
-    BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, MOVES: tl.constexpr,
     FIRST: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """K_bar, V_bar, dK and dV (each unless its tensor is None) of the keys from `first` to `end`.
 
     COUNT pieces of them from piece FIRST on. B, C, dK and dV begin at key_start, and so must `first` with any of them.
+    MOVES says whether S' of any key are other than zero.
     """
     sequence, kv_head, j = key_block(heads // group, first, end, BK)
     low = lowest_key(p_lengths, sequence, Tk)
@@ -241,7 +243,7 @@ def keys(
                 b_kbar, b_vbar, b_dk, b_dv = _key_tile(
                     b_kbar, b_vbar, b_dk, b_dv, b_k, b_v, b_b, b_c, x_q, x_a, x_x, x_do, p_lse + row, p_r + row,
                     row_or_none(p_e, row), row_or_none(p_delta, row), tile_start(span, index, BQ, EDGE), j,
-                    p_first, low, Tq, Tk, window, scale, BQ, BK, D, PIECES, EDGE, FIRST,
+                    p_first, low, Tq, Tk, window, scale, BQ, BK, D, PIECES, EDGE, MOVES, FIRST,
                     t_kbar is not None, t_vbar is not None, t_dk is not None, t_dv is not None,
                 )  # fmt: skip
     if t_kbar is not None:
