@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,25 +14,29 @@ import torch
 
 from bench.gpu_cases import Sizes, case
 from bench.gpu_context import Context
-from bench.gpu_orders import errors, work
+from bench.gpu_orders import Truth, work
 from engine.config import DTYPES
 from engine.golden import carried_cases, load_golden
 from engine.verify import verify
+from ttt_kernels import tuning
 
 CPU = torch.device("cpu")
-# Heads of 64 and of 80, the published widths; a window that moves within the tokens, and one longer than they are;
-# sizes that fill tiles, and sizes that do not.
+# Heads of 64 and of 80, the published widths; enough tokens that loops over tiles come to their middle, where loads run
+# ahead and nothing is masked; sizes that fill tiles, and sizes that do not.
 SIZES = {
-    "64": Sizes(2, 80, 48, 128, 208, 2, 64, 512, 2),
-    "80": Sizes(1, 33, 100, 160, 272, 2, 80, 307, 1),
+    "64": Sizes(2, 300, 900, 384, 528, 6, 64, 1024, 2),
+    "80": Sizes(1, 333, 700, 160, 272, 2, 80, 307, 1),
 }
+REPEAT = 3
+"""Runs of each configuration, whose results are the same to the bit: what differs is a race."""
 CHECKED_DTYPES = ("float32", "bfloat16")
 
 
 def operator(context: Context, name: str, backend: str, dtype: str) -> dict[str, Any]:
     """Every order of a case on a backend against float64 on the CPU, with other values in every run.
 
-    Where a kernel writes, there is NaN before: what it leaves out cannot pass for a result.
+    Kernels that have several configurations run with each. Where one writes, there is NaN before: what it leaves out
+    cannot pass for a result.
     """
     seed = int.from_bytes(os.urandom(4), "little")
     worst: list[dict[str, Any]] = []
@@ -41,13 +46,44 @@ def operator(context: Context, name: str, backend: str, dtype: str) -> dict[str,
         there = made.example.each(lambda t: t if _stays(t) else t.to(context.device))
         for order in made.example.operator.orders(backend):
             given = made.example.arguments(order)
-            with poisoned_memory():
-                found = work(there, order, backend, given)()
-            error, tolerance = max(
-                errors(made, order, backend, CPU, given, found), key=lambda pair: pair[0] / pair[1]
-            )
-            worst.append({"heads of": label, "order": order, "error": error, "tolerance": tolerance})
-    return {"seed": seed, "green": all(w["error"] <= w["tolerance"] for w in worst), "orders": worst}
+            truth, run = Truth(made, order, CPU, given), work(there, order, backend, given)
+            for index in itertools.count():
+                with poisoned_memory(), configuration(index) as known:
+                    found = run()
+                    again = [run() for _ in range(REPEAT - 1)]
+                error, tolerance = truth.error(found)
+                same = all(map(same_bits, itertools.chain(*again), found * len(again)))
+                worst.append(
+                    {
+                        "heads of": label, "order": order, "configuration": index, "error": error,
+                        "tolerance": tolerance, "repeats": same,
+                    }
+                )  # fmt: skip
+                if index + 1 >= known[0]:
+                    break
+    green = all(w["error"] <= w["tolerance"] and w["repeats"] for w in worst)
+    return {"seed": seed, "green": green, "orders": worst}
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same; NaN is NaN's equal."""
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+@contextmanager
+def configuration(index: int) -> Iterator[list[int]]:
+    """Within the context every kernel runs in its configuration `index`, or its last; gives how many one has."""
+    most = [1]
+
+    def chosen(name: str, key: Sequence[object], options: Sequence[Any], trial: Callable[[Any], Any]) -> Any:
+        most[0] = max(most[0], len(options))
+        return options[min(index, len(options) - 1)]
+
+    usual, tuning.best = tuning.best, chosen
+    try:
+        yield most
+    finally:
+        tuning.best = usual
 
 
 def golden(context: Context, file: str, backend: str | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from bench.attention_contenders import FUSED, band
 from bench.gpu_cases import Case, Sizes, case
 from bench.gpu_context import Context
-from bench.gpu_orders import errors, work
+from bench.gpu_orders import Truth, work
 from bench.memory import freed_memory_kept, release_memory
 from bench.operator_example import flat
 from bench.timing import cache_bytes, repeated_seconds, replayed_seconds, rotating
@@ -64,9 +64,7 @@ def _order(made: Case, order: str, backend: str, device: torch.device) -> dict[s
     given = example.arguments(order)
     ours = work(example, order, backend, given)
     results = ours()
-    error, tolerance = max(
-        errors(made, order, backend, device, given, results), key=lambda pair: pair[0] / pair[1]
-    )
+    error, tolerance = Truth(made, order, device, given).error(results)
     found: dict[str, Any] = {"error": error, "tolerance": tolerance, "right": error <= tolerance}
     if not found["right"]:
         return found | {"reason": f"wrong: error {error:.1e}, at most {tolerance:.1e}"}

@@ -42,25 +42,27 @@ def with_cotangents(arguments: list[Any], example: Example, order: str, like: li
     return [moved(v, t) for v, t in zip(like[:count], arguments[:count], strict=True)] + arguments[count:]
 
 
-def errors(
-    case: Case, order: str, backend: str, device: torch.device, like: list[Any], found: list[Tensor]
-) -> list[tuple[float, float]]:
-    """Of every result how far it is from that in float64 on `device`, and how far it may be.
+class Truth:
+    """What the formulas make of an order on a device, in float64 and at the case's own dtypes."""
 
-    `like` are the arguments of the order at the case's own dtypes, whose cotangents all use.
-    """
-    there = case.example.each(lambda t: t.to(device))
-    given = like
-    if case.heads is not None:
-        there, given = _of_heads(there, case.heads), _heads_of(like, case.heads)
-        found = [_first_heads(t, case.heads) for t in found]
-    exact = work(there.cast(torch.float64), order, "reference", given)()
-    plain = work(there, order, "reference", given)()
-    of = there.leaves()[0].dtype
-    return [
-        (relative_error(f.to(device), e), budget(p, e, of))
-        for f, p, e in zip(found, plain, exact, strict=True)
-    ]
+    def __init__(self, case: Case, order: str, device: torch.device, like: list[Any]) -> None:
+        """`like`: the arguments of the order at the case's own dtypes, whose cotangents all use."""
+        there, given = case.example.each(lambda t: t.to(device)), like
+        if case.heads is not None:
+            there, given = _of_heads(there, case.heads), _heads_of(like, case.heads)
+        self._heads, self._device, self._of = case.heads, device, there.leaves()[0].dtype
+        self._exact = work(there.cast(torch.float64), order, "reference", given)()
+        self._plain = work(there, order, "reference", given)()
+
+    def error(self, found: list[Tensor]) -> tuple[float, float]:
+        """How far a backend's results are from it, and how far they may be: of the worst of them."""
+        if self._heads is not None:
+            found = [_first_heads(t, self._heads) for t in found]
+        errors = [
+            (relative_error(f.to(self._device), e), budget(p, e, self._of))
+            for f, p, e in zip(found, self._plain, self._exact, strict=True)
+        ]
+        return max(errors, key=lambda pair: pair[0] / pair[1])
 
 
 def budget(plain: Tensor, exact: Tensor, of: torch.dtype) -> float:

@@ -128,8 +128,10 @@ def _memory(count: int) -> str:
 
 def _check_rows(name: str, m: Measurement, result: Result, *_: Any) -> list[Sequence[str]]:
     parts = result["orders"] if "orders" in result else result["groups"]
-    worst = max(parts, key=lambda part: part["error"] / part["tolerance"])
-    where = " ".join(str(v) for k, v in worst.items() if k not in ("error", "tolerance"))
+    worst = max(parts, key=lambda part: (not part.get("repeats", True), part["error"] / part["tolerance"]))
+    where = " ".join(str(v) for k, v in worst.items() if k not in ("error", "tolerance", "repeats"))
+    if not worst.get("repeats", True):
+        where += ", whose results differ from run to run"
     verdict = "green" if result["green"] else "**RED**"
     return [(name, verdict, f"{worst['error']:.1e}", f"{worst['tolerance']:.1e}", where)]
 

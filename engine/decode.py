@@ -96,7 +96,7 @@ def _plainly(reads: Reads, device: torch.device) -> Callable[[Tensor, Sequence[i
     def read(token: Tensor, position: Sequence[int], visible: Sequence[int]) -> Decoded:
         # On the processor, where they are checked.
         numbers = torch.tensor(visible).view(-1, 2)
-        return reads(token, torch.tensor(position, device=device), numbers)
+        return reads(token, torch.tensor(position).to(device, non_blocking=True), numbers)
 
     return read
 

@@ -32,7 +32,8 @@ class DecodeGraph(Recordings):
         """Reads token (B,); `visible` are row and count of each layer in turn. Results are overwritten by the next."""
         with self.in_turn():
             self._token.copy_(token)
-            self._numbers.copy_(torch.tensor([*position, *visible]))
+            # Nobody waits: what is not pinned has been read when the call returns.
+            self._numbers.copy_(torch.tensor([*position, *visible]), non_blocking=True)
             self.run(self.lanes.main, (), self._read)
         assert self._out is not None
         return self._out

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from engine.config import TTTConfig
     from engine.model import TTTModel
 
 Fast = tuple[tuple[Tensor, Tensor, Tensor], ...]
@@ -68,8 +69,23 @@ class Weights(SuffixWeights):
 
 
 W = TypeVar("W", bound=SuffixWeights | BlockWeights)
-_Key = tuple[Any, ...]
-_cache: weakref.WeakKeyDictionary[TTTModel, tuple[_Key, Weights]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """Weights, and what they were made of.
+
+    parameters: kept, so that none can be freed and another take its place. numbers: of each its identity, its address
+    and its count of changes.
+    """
+
+    config: TTTConfig
+    parameters: list[Tensor]
+    numbers: list[int]
+    weights: Weights
+
+
+_cache: weakref.WeakKeyDictionary[TTTModel, _Cached] = weakref.WeakKeyDictionary()
 
 
 def collect(model: TTTModel) -> Weights:
@@ -150,23 +166,18 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def for_inference(model: TTTModel) -> Weights:
     """As `collect`, without a graph, and converted only once for as long as no parameter changes."""
-    parameters = tuple(model.parameters())
-    # Tensors made in inference mode have no count of changes: nothing is kept of them.
-    if any(p.is_inference() for p in parameters):
+    # Every decoded token asks: of numbers that are compared at once.
+    parameters = [p for module in model.modules() for p in module._parameters.values() if p is not None]
+    try:
+        now = [number for p in parameters for number in (id(p), p.data_ptr(), p._version)]
+    except RuntimeError:
+        # Tensors made in inference mode have no count of changes: nothing is kept of them.
         return mapped(collect(model), Tensor.detach)
-    # The parameters themselves, so that none can be freed and another take its address.
-    key = (model.config, *parameters, *((p.data_ptr(), p._version) for p in parameters))
     cached = _cache.get(model)
-    if cached is None or not _same(cached[0], key):
-        cached = (key, mapped(collect(model), Tensor.detach))
+    if cached is None or cached.numbers != now or cached.config != model.config:
+        cached = _Cached(model.config, parameters, now, mapped(collect(model), Tensor.detach))
         _cache[model] = cached
-    return cached[1]
-
-
-def _same(a: _Key, b: _Key) -> bool:
-    return len(a) == len(b) and all(
-        x is y if isinstance(x, Tensor) else x == y for x, y in zip(a, b, strict=True)
-    )
+    return cached.weights
 
 
 def initial_fast(model: TTTModel, batch_size: int) -> Fast:

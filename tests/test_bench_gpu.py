@@ -22,7 +22,7 @@ from bench.gpu_checks import CPU, SIZES, operator
 from bench.gpu_context import Context, Wrong, random_model, random_tokens, with_config
 from bench.gpu_official import Unavailable, named_as_there
 from bench.gpu_official import measure as measure_official
-from bench.gpu_orders import errors, work
+from bench.gpu_orders import Truth, work
 from bench.gpu_plan import Measurement, Settings, in_order, plan
 from bench.gpu_prefill import checked, same_logits
 from bench.gpu_train import engine_loss, gradient_error, step
@@ -30,6 +30,7 @@ from bench.gpu_transformer import Attention, Transformer
 from engine import TTTConfig, TTTModel
 from engine import config as configs
 from engine.golden import carried_cases, load_golden
+from ttt_kernels import tuning
 from ttt_kernels.registry import OPERATORS
 
 SMALL = {
@@ -437,10 +438,35 @@ def test_some_heads_speak_for_all() -> None:
     for order in OPERATORS["swa"].orders("cpu"):
         given = made.example.arguments(order)
         found = work(made.example, order, "cpu", given)()
-        assert all(e <= t for e, t in errors(made, order, "cpu", CPU, given, found))
+        truth = Truth(made, order, CPU, given)
+        error, tolerance = truth.error(found)
+        assert error <= tolerance
         broken = [t.clone() for t in found]
         broken[0][:, :, 1] += 1
-        assert any(e > t for e, t in errors(made, order, "cpu", CPU, given, broken))
+        error, tolerance = truth.error(broken)
+        assert error > tolerance
+
+
+def test_kernels_are_checked_with_every_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [tuning.Config((("BLOCK", size),), 4, 1) for size in (16, 32, 64)]
+    ran: list[tuning.Config] = []
+    kernels = OPERATORS["rms_norm"].kernels["cpu"]
+    right = kernels["forward"]
+
+    def with_choice(*arguments: Any) -> Any:
+        tuning.run("kernel", (), options, ran.append)
+        # One run of the last configuration has other bits, but not wrong ones.
+        other = ran.count(options[2]) == 2
+        return [torch.nextafter(t, 2 * t) if other else t for t in right(*arguments)]
+
+    monkeypatch.setitem(kernels, "forward", with_choice)
+    monkeypatch.setattr("bench.gpu_checks.SIZES", {"8": Sizes(2, 7, 5, 16, 16, 2, 8, 11, 1)})
+    found = operator(Context(CPU, "float32"), "rms_norm", "cpu", "float32")
+    told = [o for o in found["orders"] if o["order"] == "forward"]
+    assert [(o["configuration"], o["repeats"]) for o in told] == [(0, True), (1, True), (2, False)]
+    assert all(o["error"] <= o["tolerance"] for o in told)
+    assert not found["green"]
+    assert [ran.count(option) for option in options] == [3, 3, 3]
 
 
 def small(**changes: Any) -> TTTConfig:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -146,8 +147,9 @@ needs_cuda_build = pytest.mark.skipif(
 def test_what_was_built_loads_without_a_gpu() -> None:
     """And says what it was built for; no library of CUDA has to be there."""
     code = "from ttt_kernels import _cuda; print(*_cuda.architectures())"
+    package = Path(extension.__file__).parent
     done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env={**os.environ}
+        [sys.executable, "-c", code], cwd=package.parent, check=True, capture_output=True, text=True
     )
     names = done.stdout.split()
     *real, ptx = names
@@ -174,6 +176,11 @@ def test_a_missing_driver_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("torch.backends.cuda.is_built", lambda built=built: built)
         monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
         assert extension.load_cuda.__wrapped__() == (None, reason)
+    for reason in ("CUDA driver version is insufficient for CUDA runtime version", ""):
+        module = SimpleNamespace(unusable=lambda reason=reason: reason)
+        monkeypatch.setattr(extension, "import_module", lambda name, module=module: module)
+        told = f"the CUDA extension cannot use the driver: {reason}"
+        assert extension.load_cuda.__wrapped__() == ((None, told) if reason else (module, ""))
     monkeypatch.setattr(extension, "find_spec", lambda name: None)
     monkeypatch.setattr(extension, "_record", lambda name: "")
     assert extension.load_cuda.__wrapped__() == (None, "the CUDA extension was not built")

@@ -18,6 +18,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A device on which FAST is faster, and an empty cache."""
     monkeypatch.setenv("TTT_KERNELS_CACHE", str(tmp_path / "new"))
     monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "_untimed", set())
     monkeypatch.setattr(tuning, "_may_choose", lambda: True)
     monkeypatch.setattr(tuning, "_capturing", lambda: False)
     monkeypatch.setattr(tuning, "_device", lambda: "device")
@@ -44,6 +45,7 @@ def test_the_fastest_is_chosen_once_and_remembered(cache: Path, monkeypatch: pyt
     forbid_timing(monkeypatch)
     assert launched() == FAST
     monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "_untimed", set())
     assert launched() == FAST
     with pytest.raises(AssertionError, match="timed again"):
         launched(("bfloat16", 128))
@@ -95,6 +97,8 @@ def test_the_first_where_nothing_can_be_timed(cache: Path, monkeypatch: pytest.M
     monkeypatch.setattr(tuning, "_time", lambda launch, config: float("inf"))
     assert launched() == SLOW
     assert not cache.exists()
+    monkeypatch.setattr(tuning, "_time", lambda launch, config: pytest.fail("timed again"))
+    assert launched() == SLOW
 
 
 def test_the_file_is_read_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,9 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +55,14 @@ class Report:
         spilled: bytes of a thread's stack frame, where registers go that do not fit.
         shared: bytes of shared memory of a block.
         instructions: how often each of `INSTRUCTIONS` that occurs does.
+        serialized: whether ptxas made products of warp groups wait for one another.
     """
 
     registers: int
     spilled: int
     shared: int
     instructions: Mapping[str, int]
+    serialized: bool = False
 
     def products(self) -> str:
         """The instructions of its matrix products; every kernel has FFMA for the rest."""
@@ -74,6 +78,8 @@ class Report:
             found.append(f"shared memory beyond {SHARED_LIMIT[arch]}")
         if arch == 90 and narrow and ("HGMMA" not in self.instructions or "HMMA" in self.instructions):
             found.append("a product does not use HGMMA")
+        if self.serialized:
+            found.append("products of warp groups are serialized")
         if narrow and set(self.instructions) <= {"FFMA"}:
             found.append("no tensor cores")
         if narrow is False and not set(self.instructions) <= {"FFMA"}:
@@ -84,12 +90,22 @@ class Report:
 def compile_case(case: Case, arch: int) -> Report:
     """Compiles a case for an architecture (80 is sm_80)."""
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    source = ASTSource(case.kernel, *_describe(case))
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.config.options())
-    return read(compiled.asm["cubin"], compiled.metadata.shared)
+    source, log = ASTSource(case.kernel, *_describe(case)), StringIO()
+    with knobs.nvidia.scope(), knobs.compilation.scope(), redirect_stdout(log):
+        # What is taken from the cache has no messages of ptxas.
+        knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.config.options())
+    report = read(compiled.asm["cubin"], compiled.metadata.shared)
+    return replace(report, serialized=is_serialized(log.getvalue()))
+
+
+def is_serialized(log: str) -> bool:
+    """Whether ptxas says so: that wgmma instructions "are serialized due to ..."."""
+    return any("wgmma" in line and "serialized" in line for line in log.splitlines())
 
 
 def _describe(case: Case) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:

@@ -42,9 +42,11 @@ def load_cuda() -> tuple[ModuleType | None, str]:
     if not torch.cuda.is_available():
         return None, "no GPU, or no driver of one, is available"
     try:
-        return import_module("ttt_kernels._cuda"), ""
+        module = import_module("ttt_kernels._cuda")
     except ImportError as error:
         return None, f"the CUDA extension does not load: {error}"
+    reason = module.unusable()
+    return (None, f"the CUDA extension cannot use the driver: {reason}") if reason else (module, "")
 
 
 def cuda_kernels() -> ModuleType:

@@ -21,6 +21,8 @@ import torch
 _ENVIRONMENT = "TTT_KERNELS_CACHE"
 _chosen: dict[str, dict[str, int]] = {}
 """Device -> name of a choice -> index of what was chosen."""
+_untimed: set[tuple[str, str]] = set()
+"""Devices and names of choices for which there was no memory to time anything: this process does not try again."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,11 @@ def best(
     choices, label = _chosen[device], _name(name, tuple(key), tuple(options))
     index = choices.get(label)
     if index is None or index >= len(options):
-        if _capturing():
+        if (device, label) in _untimed or _capturing():
             return options[0]
         times = [_time(trial, option) for option in options]
         if min(times) == float("inf"):
+            _untimed.add((device, label))
             return options[0]
         choices[label] = index = times.index(min(times))
         _write(device, choices)
@@ -156,16 +159,21 @@ def _time(trial: Callable[[Option], Any], option: Option) -> float:
 
 
 def _device() -> str:
-    """The kind of the current device and Triton's version, on which a choice depends."""
+    """The kind of the current device, and the versions on which a choice depends."""
     return _kind(torch.cuda.current_device())
 
 
 @cache
 def _kind(device: int) -> str:
     import triton
+    from triton import knobs
 
-    name = torch.cuda.get_device_name(device).replace("/", "-").replace(" ", "-")
-    return f"{name}-triton-{triton.__version__}"
+    versions = (
+        f"triton-{triton.__version__}",
+        f"ptxas-{knobs.nvidia.ptxas.version}",
+        f"torch-{torch.__version__}",
+    )
+    return "-".join((torch.cuda.get_device_name(device), *versions)).replace("/", "-").replace(" ", "-")
 
 
 def _file(device: str) -> Path:

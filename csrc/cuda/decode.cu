@@ -31,7 +31,7 @@ namespace {
 constexpr int64_t kMostSequences = 8;
 constexpr int64_t kWidest = kThreads * kOctet, kWidestHead = kWarp * kOctet;
 // How many slots rings may have, the most that there is room for.
-constexpr int kSlots[] = {16, 12, 8, 6, 4, 2};
+constexpr int kSlots[] = {16, 14, 12, 10, 8, 7, 6, 5, 4, 3, 2};
 
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads, 1) decode(const __grid_constant__ Step<T> step) {
@@ -49,19 +49,12 @@ __global__ void __launch_bounds__(kThreads, 1) decode(const __grid_constant__ St
     Block<T, N>(step, shared, layout).run();
 }
 
-int most_shared() {
-    int device = 0, bytes = 0;
-    check(cudaGetDevice(&device), "decode");
-    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "decode");
-    return bytes;
-}
-
 // How many slots the rings have, or 0 if there is no room for two.
 template <class T, int N>
 int slots_of(int64_t n_layers, int64_t d, int64_t heads, int64_t intermediate) {
     const Layout layout(static_cast<int>(n_layers), N, static_cast<int>(d), static_cast<int>(heads),
                         static_cast<int>(intermediate), sizeof(T), 0);
-    const int most = most_shared();
+    const int most = most_shared("decode");
     for (const int slots : kSlots)
         if (layout.bytes + slots * Weights<T, kRows<N>>::kSlotBytes <= most) return slots;
     return 0;

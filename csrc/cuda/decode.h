@@ -12,8 +12,9 @@
     /* cache row that the token's key and value are written to, and how many keys it sees, which end */      \
     /* there; head (vocab, d) -> prefix_output (batch, d), x after n_prefix layers; hidden (batch, d), */    \
     /* normalized; logits (batch, vocab) in float. Not for double, for up to 8 sequences, d up to 3072, D */ \
-    /* up to 256; d, D and the intermediate size are multiples of 8, all addresses but those of norms, */    \
-    /* cos and sin and all strides are of 16 bytes. Launches that share scratch may not run at once. */      \
+    /* up to 256; d, D and the intermediate size are multiples of 8, all addresses but those of */           \
+    /* q_norm, k_norm, cos and sin and all strides are of 16 bytes. Launches that share scratch may not */   \
+    /* run at once. */                                                                                       \
     void decode_step(Dtype dtype, const int64_t* layers, const int64_t* visible, int64_t n_layers,           \
                      int64_t n_prefix, const void* x, const float* cos, const float* sin,                    \
                      const float* final_norm, const void* head, void* prefix_output, void* hidden,           \

@@ -42,7 +42,7 @@ __device__ inline void normalize_and_rotate(const T* x, const float* weight, con
     const int i = static_cast<int>(threadIdx.x) % kWarp * kOctet;
     const bool own = i < head_dim;
     float v[kOctet] = {}, squares = 0;
-    if (own) widen(load_octet<kShared>(x + i), v);
+    if (own) widen(load_octet<kWritten>(x + i), v);
 #pragma unroll
     for (int e = 0; e < kOctet; ++e) squares = multiply_add(v[e], v[e], squares);
     const float r = inverse_rms(warp_reduce(squares, Sum{}), head_dim, eps);
@@ -107,18 +107,23 @@ __device__ inline Weighted attend(const Keys<T>& keys, const float* query, int h
                 v[u] = load_octet<kStreamed>(keys.value + j * keys.value_stride + i);
             }
         }
-        float scores[kKeys], now = sum.largest;
+        float scores[kKeys] = {};
 #pragma unroll
         for (int u = 0; u < kKeys; ++u) {
-            float wide[kOctet], score = 0;
+            float wide[kOctet];
             widen(k[u], wide);
 #pragma unroll
-            for (int e = 0; e < kOctet; ++e) score = multiply_add(wide[e], q[e], score);
-#pragma unroll 1
-            for (int step = lanes / 2; step > 0; step /= 2) score += __shfl_xor_sync(kWholeWarp, score, step);
-            scores[u] = score;
-            if (from + first + u * apart < keys.count && score * scale > now) now = score * scale;
+            for (int e = 0; e < kOctet; ++e) scores[u] = multiply_add(wide[e], q[e], scores[u]);
         }
+        // All keys at every step: one's next step waits for its last.
+#pragma unroll 1
+        for (int step = lanes / 2; step > 0; step /= 2)
+#pragma unroll
+            for (int u = 0; u < kKeys; ++u) scores[u] += __shfl_xor_sync(kWholeWarp, scores[u], step);
+        float now = sum.largest;
+#pragma unroll
+        for (int u = 0; u < kKeys; ++u)
+            if (from + first + u * apart < keys.count && scores[u] * scale > now) now = scores[u] * scale;
         sum.rescale(now);
 #pragma unroll
         for (int u = 0; u < kKeys; ++u) {

@@ -98,8 +98,12 @@ class Share {
     __device__ void end(const Product& product) { turn_ = (turn_ + units(product)) % warps_; }
 
     __device__ static int rows_of_unit(const Product& product) { return product.second ? R / 2 : R; }
+    // By numbers that the compiler knows: a division by another takes long, and every unit waits for it.
     __device__ static int units_of_matrix(const Product& product) {
-        return divide_up(product.rows, rows_of_unit(product));
+        return product.second ? divide_up(product.rows, R / 2) : divide_up(product.rows, R);
+    }
+    __device__ static int matrix_of(const Product& product, int unit) {
+        return product.matrices == 1 ? 0 : unit / units_of_matrix(product);
     }
     __device__ static int units(const Product& product) {
         return units_of_matrix(product) * product.matrices;
@@ -133,7 +137,7 @@ class Weights {
         const int chunks = product.n / kElements<T>;
 #pragma unroll 1
         for (int unit = taken_.first(); unit < of_matrix * product.matrices; unit += taken_.apart()) {
-            const int matrix = unit / of_matrix;
+            const int matrix = Share<R>::matrix_of(product, unit);
             const T* operand = x + matrix * product.n;
             float sums[R][N] = {};
 #pragma unroll 1
@@ -205,14 +209,24 @@ class Weights {
         switch (slots_) {
             case 16:
                 return copies_.template wait<14>();
+            case 14:
+                return copies_.template wait<12>();
             case 12:
                 return copies_.template wait<10>();
+            case 10:
+                return copies_.template wait<8>();
             case 8:
                 return copies_.template wait<6>();
+            case 7:
+                return copies_.template wait<5>();
             case 6:
                 return copies_.template wait<4>();
+            case 5:
+                return copies_.template wait<3>();
             case 4:
                 return copies_.template wait<2>();
+            case 3:
+                return copies_.template wait<1>();
             default:
                 return copies_.template wait<0>();
         }
@@ -243,7 +257,7 @@ class Weights {
             unit_ = asked_.first();
         }
         const int of_matrix = Share<R>::units_of_matrix(product), rows = Share<R>::rows_of_unit(product);
-        const int matrix = unit_ / of_matrix, row = (unit_ - matrix * of_matrix) * rows;
+        const int matrix = Share<R>::matrix_of(product, unit_), row = (unit_ - matrix * of_matrix) * rows;
         const int64_t row_bytes = static_cast<int64_t>(product.n) * static_cast<int64_t>(sizeof(T));
         chunk_ = static_cast<int>(threadIdx.x) % kWarp;
         chunks_ = product.n / kElements<T>;

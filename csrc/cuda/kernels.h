@@ -10,14 +10,17 @@
 #include "common/scalar.h"
 #include "cuda/clipped_sgd.h"
 #include "cuda/decode.h"
+#include "cuda/driver.h"
 
 #define TTT_DECLARE_CUDA_KERNELS \
     TTT_DECLARE_CUDA_CLIPPED_SGD \
-    TTT_DECLARE_CUDA_DECODE
+    TTT_DECLARE_CUDA_DECODE      \
+    TTT_DECLARE_CUDA_DRIVER
 
 #define TTT_CUDA_KERNELS(X)      \
     TTT_LIST_CUDA_CLIPPED_SGD(X) \
-    TTT_LIST_CUDA_DECODE(X)
+    TTT_LIST_CUDA_DECODE(X)      \
+    TTT_LIST_CUDA_DRIVER(X)
 
 namespace ttt::cuda {
 TTT_DECLARE_CUDA_KERNELS

@@ -29,14 +29,24 @@ struct Extent {
     bool cooperative = false;  // all blocks are resident at once, so that they may wait for each other
 };
 
-// What a block may have without asking, and what the runtime takes for an attribute.
+// What a block may have without asking.
 constexpr std::size_t kSharedUnasked = 48 * 1024;
 
+// The most dynamic shared memory that a block of the current device may ask for.
+inline int most_shared(const char* kernel) {
+    int device = 0, bytes = 0;
+    check(cudaGetDevice(&device), kernel);
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kernel);
+    return bytes;
+}
+
+// Lets a kernel's launches have more than what is theirs unasked: as much as there is, because another thread
+// may be between this and a launch that needs more than this one's.
 template <class... Parameters>
 void allow_shared(const char* name, void (*kernel)(Parameters...), std::size_t bytes) {
     if (bytes > kSharedUnasked)
         check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                   cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+                                   cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared(name)),
               name);
 }
 

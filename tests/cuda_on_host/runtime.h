@@ -84,6 +84,10 @@ inline cudaError_t cudaGetDevice(int* device) {
     *device = 0;
     return cudaSuccess;
 }
+inline cudaError_t cudaGetDeviceCount(int* devices) {
+    *devices = 1;
+    return cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     const bool of_block = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin;
     *value = of_block ? static_cast<int>(cuda_on_host::kSharedOfBlock) : cuda_on_host::processors;

@@ -35,8 +35,9 @@ class _Plan(Plan):
                 "3072 and heads up to 256, and as much of that as the GPU has room for"
             )
             return
-        self.on_device = torch.tensor(self.table, dtype=torch.int64, device=device)
         self.scratch = torch.zeros(size, dtype=torch.uint8, device=device)
+        # A copy from the processor waits for the stream, and so for the zeros, which steps on others then find.
+        self.on_device = torch.tensor(self.table, dtype=torch.int64, device=device)
 
 
 _plans = Plans(_Plan)

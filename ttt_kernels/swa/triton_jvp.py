@@ -29,7 +29,7 @@ def forward(
 
     o, tangent = q.new_empty(q.shape), q.new_empty(q.shape)
     o_rest, tangent_rest = empty_rest(q, True), empty_rest(q, True)
-    lse, r = (torch.empty((q.shape[0], q.shape[2], q.shape[1]), device=q.device) for _ in range(2))
+    lse, r = (q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32) for _ in range(2))
     if o.numel() == 0:
         return o, tangent, lse, o_rest, r, tangent_rest
     if scale <= 0:
