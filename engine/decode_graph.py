@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from engine.recordings import Recordings
+from engine.recordings import Recordings, lasting
 from ttt_kernels.decode import Decoded, Stack
 
 Reads = Callable[[Tensor, Tensor, Tensor], Decoded]
@@ -17,6 +17,7 @@ Reads = Callable[[Tensor, Tensor, Tensor], Decoded]
 class DecodeGraph(Recordings):
     """Reads one token of every sequence through a stack: the first as it comes, those after it by replaying that."""
 
+    @lasting()
     def __init__(self, stack: Stack, reads: Reads) -> None:
         """`reads`: what a token's reading computes, of tensors alone."""
         super().__init__(stack.head.device)
@@ -41,6 +42,7 @@ class DecodeGraph(Recordings):
     def _read(self) -> None:
         out = self._reads(self._token, self._position, self._visible)
         if self._out is None:
-            self._out = Decoded(*(torch.empty_like(t) for t in out))
+            with lasting():
+                self._out = Decoded(*(torch.empty_like(t) for t in out))
         for mine, theirs in zip(self._out, out, strict=True):
             mine.copy_(theirs)

@@ -61,8 +61,12 @@ class _CudaLane:
 
     def record(self, work: Callable[[], None]) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        # Other threads of the process may go on using the device meanwhile.
-        with torch.cuda.graph(graph, self._pool, self._recording, capture_error_mode="thread_local"):
+        # Other threads of the process may go on using the device meanwhile. The outer context is for a recording that
+        # fails, which leaves its stream current.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(self._device)),
+            torch.cuda.graph(graph, self._pool, self._recording, capture_error_mode="thread_local"),
+        ):
             work()
         replay: Replay = graph.replay
         return replay

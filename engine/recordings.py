@@ -13,6 +13,13 @@ from engine import graphs
 from engine.graphs import Lane, Replay
 
 
+@contextmanager
+def lasting() -> Iterator[None]:
+    """The context in which static memory is made: memory of inference mode cannot be written to outside of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 class Recordings:
     """Static memory has one of these: its lanes, its graphs, and its users one after the other."""
 

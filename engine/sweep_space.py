@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.config import TTTConfig
 from engine.inner import FastWeights, by_block
 from engine.ops import Ops
-from engine.recordings import Recordings
+from engine.recordings import Recordings, lasting
 from engine.weights import Fast, SuffixWeights, mapped, tensors
 from ttt_kernels.matmul import operand
 from ttt_kernels.swiglu.reference import Factors
@@ -37,6 +37,7 @@ class SweepSpace(Recordings):
         d_rows: as `rows`, fp32: the sums of the steps done so far. totals: as `weights`, in the dtypes stored.
     """
 
+    @lasting()
     def __init__(self, config: TTTConfig, stored: SuffixWeights, masters: Fast, like: Tensor) -> None:
         """`stored`: the slow weights; `masters` (B, ...) and `like` (B, T, d) are of the sweeps to come."""
         super().__init__(like.device)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from engine.ops import Ops
-from engine.recordings import Recordings
+from engine.recordings import Recordings, lasting
 from engine.state import State
 from engine.weights import Weights
 
@@ -44,11 +44,13 @@ class Workspace(Recordings):
         nll, last_hidden: (B, b) fp32 and (B, d), what they make of it.
     """
 
+    @lasting()
     def __init__(self, model: TTTModel, batch_size: int, weights: Weights, slots: int) -> None:
         config, device = model.config, model.final_norm.device
         super().__init__(device)
         self.weights = weights
-        self.state = State(model, batch_size, roomy=True)
+        # The model is a key of those that keep this, who would keep it for ever.
+        self.state = State(cast("TTTModel", weakref.proxy(model)), batch_size, roomy=True)
         slab, size = self.state.slab, config.mini_batch_size
         like = torch.empty(0, dtype=config.torch_dtype, device=device)
 

@@ -23,6 +23,7 @@ from engine.graphs import Lanes
 
 Clock = dict[str, int]
 _LOOKS = (
+    torch.ops.aten.item.default,
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.nonzero.default,
     torch.ops.aten.is_nonzero.default,
@@ -67,7 +68,8 @@ class Emulation(TorchDispatchMode):
             self.replays += 1
             for operation in recording.operations:
                 self.watch(operation)
-            with torch.utils._python_dispatch._disable_current_modes():
+            # A device knows nothing of inference mode: what was made in it is written again outside.
+            with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode():
                 for operation in recording.operations:
                     operation.again()
 
@@ -87,7 +89,7 @@ class Emulation(TorchDispatchMode):
 
     def watch(self, operation: _Operation | _Launch) -> None:
         """Finds a race of an operation that runs on the lane at hand."""
-        if isinstance(operation, _Launch) or operation.func.is_view:
+        if isinstance(operation, _Launch) or operation.is_view:
             return
         clock = self.clocks[self.lane]
         clock[self.lane] = now = clock.get(self.lane, 0) + 1
@@ -141,15 +143,19 @@ class _Operation:
         self.written = _written(func, args, kwargs) if func._schema.is_mutable else set()
         self.before = {key for _, key in given}
         self.results = func(*args, **kwargs)
-        found = [] if func.is_view else _tensors(self.results)
-        self.own = [None if _memory(t) in self.before else t for t in found]
+        self.own = [None if _memory(t) in self.before else t for t in _tensors(self.results)]
         new = [(t, _memory(t)) for t in self.own if t is not None]
         self.touched = given + new
         self.written |= {key for _, key in new}
 
+    @property
+    def is_view(self) -> bool:
+        """Whether it has touched no memory: those of torch's views that may be copies sometimes are."""
+        return self.func.is_view and all(t is None for t in self.own)
+
     def again(self) -> None:
         """Runs it again, into the memory of the first time."""
-        if self.func.is_view:
+        if self.is_view:
             return
         results = self.func(*self._args, **self._kwargs)
         if any(t is not None for t in self.own):

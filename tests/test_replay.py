@@ -1,5 +1,7 @@
 """Reading by graphs: the same results as without, whatever was recorded before, and no race between streams."""
 
+import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -127,6 +129,27 @@ def test_changed_weights_are_recorded_anew(device: Emulation) -> None:
         m.blocks[0].w_qkv.mul_(0.5)
     state, plain = m.init_state(), m.init_state()
     assert_same(m, read(m, tokens, state, [], device), state, read(m, tokens, plain, []), plain)
+
+
+def test_a_model_that_replays_is_freed(device: Emulation) -> None:
+    m = model()
+    read(m, stream(48), m.init_state(), [], device)
+    found = weakref.ref(m)
+    del m
+    gc.collect()
+    assert found() is None
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_memory_serves_in_and_out_of_inference_mode(device: Emulation, first: bool) -> None:
+    m = model()
+    tokens = stream(48)
+    states, plain = [m.init_state() for _ in range(2)], m.init_state()
+    for inside, state in zip((first, not first), states, strict=True):
+        with torch.inference_mode(inside):
+            got = read(m, tokens, state, [], device)
+    with torch.inference_mode():
+        assert_same(m, got, states[1], read(m, tokens, plain, []), plain)
 
 
 def test_a_failed_call_leaves_the_state_as_it_was(device: Emulation, monkeypatch: pytest.MonkeyPatch) -> None:
