@@ -177,6 +177,7 @@ def test_a_missing_driver_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
         assert extension.load_cuda.__wrapped__() == (None, reason)
     for reason in ("CUDA driver version is insufficient for CUDA runtime version", ""):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
         module = SimpleNamespace(unusable=lambda reason=reason: reason)
         monkeypatch.setattr(extension, "import_module", lambda name, module=module: module)
         told = f"the CUDA extension cannot use the driver: {reason}"

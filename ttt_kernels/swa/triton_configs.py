@@ -92,8 +92,9 @@ _NARROW: Table = {
         256: (config(64, 32, 4, 1),),
     },
     "backward_keys": {
-        64: (config(32, 64, 4, 2), config(32, 128, 8, 2)),
-        128: (config(32, 64, 4, 1), config(16, 64, 4, 3)),
+        64: (config(32, 64, 4, 2), config(32, 128, 8, 2), config(64, 64, 4, 2), config(64, 128, 8, 2)),
+        80: (config(32, 64, 4, 1), config(32, 128, 8, 2), config(64, 128, 8, 1)),
+        128: (config(32, 64, 4, 1), config(32, 128, 8, 2), config(32, 128, 8, 1)),
         256: (config(16, 64, 4, 1),),
     },
     "along": {
@@ -107,7 +108,8 @@ _NARROW: Table = {
         256: (config(64, 16, 4, 1),),
     },
     "double_backward_keys": {
-        64: (config(32, 64, 4, 1), config(16, 64, 4, 2)),
+        64: (config(32, 64, 4, 1), config(16, 64, 4, 2), config(32, 128, 8, 1)),
+        80: (config(16, 64, 4, 1), config(32, 128, 8, 1)),
         128: (config(16, 64, 4, 1),),
         256: (_unguided(16, 64, 4),),
     },
@@ -123,12 +125,14 @@ _NARROW: Table = {
         256: (_unguided(64, 16, 4),),
     },
     "jvp_backward_keys": {
+        64: (config(16, 64, 4, 1), config(32, 128, 8, 1), config(16, 128, 8, 2)),
+        80: (config(16, 64, 4, 1), config(16, 128, 8, 1)),
         128: (config(16, 64, 4, 1),),
         256: (_unguided(16, 64, 4),),
     },
     "jvp_keys_before": {
-        64: (config(32, 64, 4, 2),),
-        80: (config(32, 64, 4, 1),),
+        64: (config(32, 64, 4, 2), config(32, 128, 8, 2)),
+        80: (config(32, 64, 4, 1), config(32, 128, 8, 1)),
         128: (config(16, 64, 4, 1),),
         256: (_unguided(16, 64, 4),),
     },
@@ -197,9 +201,8 @@ _BLACKWELL: Table = {
         128: (config(64, 64, 4, 2), config(128, 64, 8, 3)),
     },
     "backward_keys": {
-        **_NARROW["backward_keys"],
-        64: (config(32, 64, 4, 1), config(64, 128, 8, 1)),
         128: (config(32, 64, 4, 1), config(64, 128, 8, 1)),
+        256: (config(16, 64, 4, 1),),
     },
     "along": {**_NARROW["along"], 128: (config(64, 32, 4, 1), config(128, 32, 8, 2))},
     "double_backward_queries": {
@@ -207,8 +210,8 @@ _BLACKWELL: Table = {
         64: (config(64, 32, 4, 1), config(128, 64, 8, 1)),
     },
     "double_backward_keys": {
-        **_NARROW["double_backward_keys"],
         64: (config(32, 128, 8, 1),),
+        128: (config(16, 64, 4, 1),),
         256: (config(16, 64, 8, 1),),
     },
     "jvp_forward": {
@@ -216,7 +219,11 @@ _BLACKWELL: Table = {
         128: (config(64, 16, 4, 1),),
         256: (config(64, 16, 4, 1),),
     },
-    "jvp_backward_keys": {64: (config(32, 64, 4, 1),), **_NARROW["jvp_backward_keys"]},
+    "jvp_backward_keys": {
+        64: (config(32, 64, 4, 1),),
+        128: (config(16, 64, 4, 1),),
+        256: (_unguided(16, 64, 4),),
+    },
     "jvp_keys_before": {
         64: (config(32, 64, 4, 1),),
         128: (config(16, 64, 4, 1),),

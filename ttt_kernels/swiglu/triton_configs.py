@@ -22,7 +22,7 @@ def _tiles(rows: int, columns: int, inner: int, warps: int, stages: int, ptxas: 
 
 _INTERPRETED = (_tiles(16, 32, 32, 1, 1),)
 _NARROW = (_tiles(128, 64, 64, 8, 4), _tiles(64, 64, 64, 4, 3))
-_HOPPER = (_tiles(128, 128, 64, 8, 3), _tiles(128, 128, 64, 16, 3), *_NARROW)
+_HOPPER = (_tiles(128, 128, 64, 16, 3), *_NARROW)
 _AMPERE = (_tiles(128, 64, 32, 8, 3), _tiles(64, 64, 32, 4, 3))
 """For devices before Hopper, where factors of products are in registers."""
 _WIDE = (_tiles(64, 64, 16, 8, 1),)
