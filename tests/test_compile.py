@@ -45,7 +45,12 @@ def test_a_good_kernel_has_no_problems() -> None:
         (report("FADD"), 80, True, "no tensor cores"),
         (report("FADD"), 100, True, "no tensor cores"),
         (report("HMMA.1688.F32.TF32"), 80, False, "float32 products are not exact"),
-        (replace(report("HGMMA.64x64x16.F32.BF16"), serialized=True), 90, True, "products of warp groups are serialized"),
+        (
+            replace(report("HGMMA.64x64x16.F32.BF16"), serialized=True),
+            90,
+            True,
+            "products of warp groups are serialized",
+        ),
     ],
 )
 def test_problems_are_found(found: Report, arch: int, narrow: bool, problem: str) -> None:
