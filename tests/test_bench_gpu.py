@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,9 +29,12 @@ from bench.gpu_plan import Measurement, Settings, in_order, plan
 from bench.gpu_prefill import checked, same_logits
 from bench.gpu_train import engine_loss, gradient_error, step
 from bench.gpu_transformer import Attention, Transformer
-from engine import TTTConfig, TTTModel
+from engine import TTTConfig, TTTModel, graphs
 from engine import config as configs
 from engine.golden import carried_cases, load_golden
+from engine.ops import Ops
+from engine.prefill import Reader
+from engine.workspace import Workspace
 from ttt_kernels import tuning
 from ttt_kernels.registry import OPERATORS
 
@@ -516,6 +521,7 @@ def test_plain_torch_is_the_same_baseline() -> None:
     torch.testing.assert_close(values[0], values[1])
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_wrong_model_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     right = TTTModel.prefill
 
@@ -529,6 +535,112 @@ def test_a_wrong_model_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TTTModel, "prefill", wrong)
     with pytest.raises(Wrong, match="off by"):
         checked(Context(CPU, "float32"), model)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_is_replayed_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recordings whose replay gives something else than what was recorded; as few tokens as for large models."""
+    monkeypatch.setattr(gpu_prefill, "CHECK_TOKENS", 1)
+    monkeypatch.setattr("engine.state.SLAB", 32)
+    model = random_model(small(), torch.float32, CPU)
+    kinds: set[Any] = set()
+
+    def run(self: Workspace, lane: Any, key: tuple[Any, ...], work: Callable[[], None]) -> None:
+        work()
+        if key in self._replays and key[0] == wrong:
+            self.nll += 1e-3
+        kinds.add(key[0])
+        self._replays[key] = work
+
+    recorded_by(monkeypatch, run)
+    for wrong in ("step", "look"):
+        with pytest.raises(Wrong, match="off by"):
+            checked(Context(CPU, "float32"), model)
+    wrong = ""
+    assert checked(Context(CPU, "float32"), model)["error"] < 2e-5
+    assert kinds == {"prefix", "step", "look"}
+
+
+def recorded_by(monkeypatch: pytest.MonkeyPatch, run: Callable[..., None]) -> None:
+    """Has the engine read as on a GPU, with something else than graphs."""
+    lane = SimpleNamespace(active=nullcontext, mark=lambda: None, wait=lambda mark: None)
+    monkeypatch.setattr(graphs, "available", lambda device: True)
+    monkeypatch.setattr(graphs, "lanes", lambda device: graphs.Lanes(lane, lane))
+    monkeypatch.setattr(Ops, "recordable", property(lambda ops: "reference" not in ops.backends))
+    monkeypatch.setattr(Workspace, "run", run)
+
+
+def test_nothing_is_recorded_while_a_long_text_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the windows, mini-batches and parts of the model that reads it, whose width changes nothing."""
+    usual = TTTConfig.preset("125m")
+    narrow = usual.to_dict() | {
+        "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "num_layers": 2, "suffix_layers": 1,
+        "vocab_size": 16, "bos_token_id": None,
+    }  # fmt: skip
+    del narrow["name"]
+    monkeypatch.setitem(configs._PRESETS, "narrow", narrow)
+    monkeypatch.setattr(gpu_prefill, "checked", lambda context, model: {})
+    monkeypatch.setattr(Reader, "logits", lambda self: None)
+    part: list[int] = []
+    recorded: set[Any] = set()
+    late: list[Any] = []
+
+    def run(self: Workspace, lane: Any, key: tuple[Any, ...], work: Callable[[], None]) -> None:
+        if key not in recorded and part:
+            late.append((len(part), key))
+        recorded.add(key)
+
+    def told(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+        part.append(0)
+        return work(), 1.0
+
+    recorded_by(monkeypatch, run)
+    monkeypatch.setattr(gpu_prefill, "timed", told)
+    gpu_prefill.long_text(Context(CPU, "float32"), "narrow", 2**20)
+    assert len(part) == gpu_prefill.PARTS
+    assert {key[0] for key in recorded} == {"prefix", "step", "look"}
+    assert late == []
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_nothing_is_recorded_while_reading_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(configs._PRESETS, "small", SMALL)
+    timing, late = [False], []
+
+    def run(self: Workspace, lane: Any, key: tuple[Any, ...], work: Callable[[], None]) -> None:
+        if key not in self._replays and timing[0]:
+            late.append(key)
+        self._replays[key] = work
+        work()
+
+    def told(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+        timing[0] = True
+        return work(), 1.0
+
+    recorded_by(monkeypatch, run)
+    monkeypatch.setattr(gpu_prefill, "timed", told)
+    found = gpu_prefill.ttt(Context(CPU, "float32"), "small", 256)
+    assert timing[0]
+    assert late == []
+    assert found["runs"] == [1.0, 1.0]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_rounder_products_are_given_what_rounding_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formulas at the model's own dtype are as far off as it says; a few times that is too far."""
+    config = small(compute_dtype="bfloat16")
+    model = random_model(config, torch.bfloat16, CPU)
+    found = checked(Context(CPU, "bfloat16"), model)
+    assert found["error"] <= found["tolerance"] < 5 * found["error"]
+    right = TTTModel.prefill
+
+    def wrong(model: Any, tokens: torch.Tensor, state: Any, *, backend: str | None = None) -> Any:
+        out = right(model, tokens, state, backend=backend)
+        return out._replace(nll=out.nll + 2 * found["tolerance"]) if backend is None else out
+
+    monkeypatch.setattr(TTTModel, "prefill", wrong)
+    with pytest.raises(Wrong, match="off by"):
+        checked(Context(CPU, "bfloat16"), model)
 
 
 def test_a_batch_is_accumulated_of_what_fits() -> None:
