@@ -16,7 +16,7 @@ from bench.gpu_context import Context, Wrong, random_tokens, with_config
 from bench.gpu_orders import relative_error
 from bench.gpu_transformer import Transformer, fastest_attention
 from bench.measure import CHECK_TOKENS, WORST_TOKEN
-from bench.memory import PeakMemory, release_memory
+from bench.memory import PeakMemory, parameter_bytes, release_memory
 from bench.timing import timed
 from engine import TTTConfig, TTTModel
 
@@ -45,7 +45,7 @@ def ttt(context: Context, preset: str, length: int) -> dict[str, Any]:
     # All of it: the engine records graphs up to the last mini-batch, which is none like those before.
     read()
     release_memory(context.device)
-    memory = PeakMemory(context.device)
+    memory = PeakMemory(context.device, parameter_bytes(model))
     memory.restart()
     nll, seconds = timed_runs(read, context.device)
     return common(config, length, seconds) | {
@@ -100,7 +100,7 @@ def full_attention(context: Context, preset: str, length: int, style: str = "ker
     tokens = random_tokens(config, 1, length, context.device)
     weights = transformer.weights()
     release_memory(context.device)
-    memory = PeakMemory(context.device)
+    memory = PeakMemory(context.device, parameter_bytes(model))
     memory.restart()
     warm = transformer.logits(tokens, weights)
     if style != "kernels":

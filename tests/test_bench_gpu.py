@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,7 +18,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench import gpu, gpu_child, gpu_jobs, gpu_operators, gpu_plan, gpu_prefill, gpu_store, machine
+from bench import (
+    gpu,
+    gpu_child,
+    gpu_jobs,
+    gpu_operators,
+    gpu_plan,
+    gpu_prefill,
+    gpu_store,
+    gpu_train,
+    machine,
+)
 from bench.gpu_bars import BARS
 from bench.gpu_cases import Sizes, case, names
 from bench.gpu_checks import CPU, SIZES, operator
@@ -29,11 +40,13 @@ from bench.gpu_plan import Measurement, Settings, in_order, plan
 from bench.gpu_prefill import checked, same_logits
 from bench.gpu_train import engine_loss, gradient_error, step
 from bench.gpu_transformer import Attention, Transformer
+from bench.memory import PeakMemory, parameter_bytes
 from engine import TTTConfig, TTTModel, graphs
 from engine import config as configs
 from engine.golden import carried_cases, load_golden
 from engine.ops import Ops
 from engine.prefill import Reader
+from engine.training import trial
 from engine.workspace import Workspace
 from ttt_kernels import tuning
 from ttt_kernels.registry import OPERATORS
@@ -544,20 +557,20 @@ def test_what_is_replayed_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("engine.state.SLAB", 32)
     model = random_model(small(), torch.float32, CPU)
     kinds: set[Any] = set()
+    wrong = [""]
 
     def run(self: Workspace, lane: Any, key: tuple[Any, ...], work: Callable[[], None]) -> None:
         work()
-        if key in self._replays and key[0] == wrong:
+        if key in self._replays and key[0] == wrong[0]:
             self.nll += 1e-3
         kinds.add(key[0])
         self._replays[key] = work
 
     recorded_by(monkeypatch, run)
-    for wrong in ("step", "look"):
+    assert checked(Context(CPU, "float32"), model)["error"] < 2e-5
+    for wrong[0] in ("step", "look"):
         with pytest.raises(Wrong, match="off by"):
             checked(Context(CPU, "float32"), model)
-    wrong = ""
-    assert checked(Context(CPU, "float32"), model)["error"] < 2e-5
     assert kinds == {"prefix", "step", "look"}
 
 
@@ -649,9 +662,75 @@ def test_a_batch_is_accumulated_of_what_fits() -> None:
     context = Context(CPU, "float32")
     for needed, size in ((1.0, 4), (1e18, 1)):
         model = random_model(config, torch.float32, CPU)
-        found = step(context, model, engine_loss(model), 32, 128, needed)
+        found = step(context, model, engine_loss(model), 32, 128, needed, lambda part: None)
         assert (found["micro_batch"], found["micro_batches"]) == (size, 4 // size)
         assert found["tokens"] == 128
+
+
+def test_what_does_not_fit_is_gone_before_less_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While an error is handled, its traceback holds all that the failed step had."""
+    config = small()
+    model = random_model(config, torch.float32, CPU)
+    held: list[weakref.ref[torch.Tensor]] = []
+    left: list[bool] = []
+
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
+        large = torch.zeros(3)
+        held.append(weakref.ref(large))
+        if len(tokens) > 1:
+            raise torch.OutOfMemoryError
+        return engine_loss(model)(tokens) + large.sum()
+
+    def note(device: torch.device) -> None:
+        left.append(any(tensor() is not None for tensor in held))
+
+    monkeypatch.setattr(gpu_train, "release_memory", note)
+    assert step(Context(CPU, "float32"), model, loss, 32, 64, 1.0, lambda part: None)["micro_batch"] == 1
+    assert len(held) == 3
+    assert len(left) == 4
+    assert not any(left)
+
+
+def test_full_attention_is_warmed_up_at_its_full_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one block and the head; and values lie in memory as they do in the model."""
+    monkeypatch.setitem(configs._PRESETS, "small", SMALL)
+    monkeypatch.setattr(gpu_train, "checked", lambda *_: {})
+    calls: list[tuple[int | None, int, bool]] = []
+    strides: set[tuple[Any, ...]] = set()
+    usual, attend = Transformer.loss, Attention.__call__
+
+    def loss(self: Transformer, tokens: torch.Tensor, *, recompute: bool, blocks: int | None = None) -> Any:
+        calls.append((blocks, tokens.shape[1] - 1, torch.is_grad_enabled()))
+        return usual(self, tokens, recompute=recompute, blocks=blocks)
+
+    def attended(self: Attention, *given: torch.Tensor) -> torch.Tensor:
+        strides.add(tuple(t.stride() for t in given))
+        return attend(self, *given)
+
+    monkeypatch.setattr(Transformer, "loss", loss)
+    monkeypatch.setattr(Attention, "__call__", attended)
+    gpu_train.full_attention(Context(CPU, "float32"), "small", 64, 64)
+    assert calls == [(1, 64, True), (None, 64, True), (None, 64, True)]
+    assert len(strides) == 1
+
+
+def test_what_graphs_keep_counts_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that was allocated the parameters alone are left out, not what a warm-up has made."""
+    cuda = torch.device("cuda", 1)
+    segments = [
+        {"device": 1, "segment_pool_id": (0, 0), "total_size": 10**9, "allocated_size": 7000},
+        {"device": 1, "segment_pool_id": (0, 3), "total_size": 500, "allocated_size": 20},
+        {"device": 1, "segment_pool_id": (0, 4), "total_size": 60, "allocated_size": 60},
+        {"device": 0, "segment_pool_id": (0, 5), "total_size": 10**8, "allocated_size": 0},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7080)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 9000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    linear = torch.nn.Linear(5, 10, bias=False, dtype=torch.bfloat16)
+    assert PeakMemory(cuda, parameter_bytes(linear)).peak_bytes() == 9000 + 480 - 100
+    assert PeakMemory(cuda).peak_bytes() == 9000 + 480 - 7080
+    assert trial._peak(cuda) == 9480
 
 
 @pytest.mark.usefixtures("quick")
