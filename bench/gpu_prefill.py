@@ -15,8 +15,8 @@ from bench.flops import prefill_flops_per_token
 from bench.gpu_context import Context, Wrong, random_tokens, with_config
 from bench.gpu_orders import relative_error
 from bench.gpu_transformer import Transformer, fastest_attention
-from bench.measure import CHECK_DTYPE, CHECK_TOKENS, MEAN_OF_TOKENS, WORST_TOKEN
-from bench.memory import PeakMemory, release_memory
+from bench.measure import CHECK_TOKENS, WORST_TOKEN
+from bench.memory import PeakMemory, parameter_bytes, release_memory
 from bench.timing import timed
 from engine import TTTConfig, TTTModel
 
@@ -26,6 +26,8 @@ LONG_RUN = 2.0
 PARTS = 64
 EARLY, LATE = slice(1, 5), slice(60, 64)
 """Of a long text in 64 parts: those whose times per token are compared (of 1M tokens 16K to 80K, and the last 64K)."""
+WARM_UP = 4
+"""Parts that are read before: after so many the engine has recorded all its graphs, windows being full and moved."""
 
 
 def ttt(context: Context, preset: str, length: int) -> dict[str, Any]:
@@ -34,16 +36,17 @@ def ttt(context: Context, preset: str, length: int) -> dict[str, Any]:
     model = context.model(config, context.torch_dtype)
     check = checked(context, model)
     tokens = random_tokens(config, 1, length, context.device)
-    read_before(model, tokens)
-    release_memory(context.device)
-    memory = PeakMemory(context.device)
-    memory.restart()
     state = model.init_state()
 
     def read() -> Tensor:
         state.reset()
         return model.prefill(tokens, state).nll
 
+    # All of it: the engine records graphs up to the last mini-batch, which is none like those before.
+    read()
+    release_memory(context.device)
+    memory = PeakMemory(context.device, parameter_bytes(model))
+    memory.restart()
     nll, seconds = timed_runs(read, context.device)
     return common(config, length, seconds) | {
         "check": check,
@@ -59,10 +62,13 @@ def long_text(context: Context, preset: str, length: int) -> dict[str, Any]:
     model = context.model(config, context.torch_dtype)
     check = checked(context, model)
     tokens = random_tokens(config, 1, length, context.device)
-    read_before(model, tokens)
+    parts = tokens.split(length // PARTS, dim=1)
+    state = model.init_state()
+    for part in parts[:WARM_UP]:
+        model.prefill(part, state)
     state = model.init_state()
     seconds, memories, losses = [], [], []
-    for part in tokens.split(length // PARTS, dim=1):
+    for part in parts:
         memory = PeakMemory(context.device)
         memory.baseline = 0
         memory.restart()
@@ -94,7 +100,7 @@ def full_attention(context: Context, preset: str, length: int, style: str = "ker
     tokens = random_tokens(config, 1, length, context.device)
     weights = transformer.weights()
     release_memory(context.device)
-    memory = PeakMemory(context.device)
+    memory = PeakMemory(context.device, parameter_bytes(model))
     memory.restart()
     warm = transformer.logits(tokens, weights)
     if style != "kernels":
@@ -141,13 +147,6 @@ def timed_runs(work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor
     return result, times
 
 
-def read_before(model: TTTModel, tokens: Tensor) -> None:
-    """Brings in all code that reading needs, and has the engine record its graphs: windows fill up and move."""
-    config = model.config
-    enough = 3 * (config.window or 0) + 4 * config.mini_batch_size + 8192
-    model.prefill(tokens[:, :enough], model.init_state())
-
-
 def checked(context: Context, model: TTTModel) -> dict[str, float]:
     """How far the losses of the first tokens are from those of the formulas; once for each model.
 
@@ -164,21 +163,44 @@ def checked(context: Context, model: TTTModel) -> dict[str, float]:
 
 
 def reading_error(context: Context, model: TTTModel) -> tuple[float, float]:
-    """Error and tolerance of the losses of two mini-batches, with a window that moves within them."""
+    """Error and tolerance of the losses of two mini-batches and a piece, with a window that moves within them.
+
+    They are read as one and in two calls, as a text and its continuation are, and both a second time: where the engine
+    replays what it has recorded. The tolerance is a small multiple of the error of the formulas at the same dtype.
+    """
     config = model.config
     size = config.mini_batch_size
     window = None if config.window is None else min(config.window, max(1, size // 2))
-    tokens = random_tokens(config, 1, max(CHECK_TOKENS, size + size // 4), context.device)
-    nlls = []
-    for dtype, backend in ((config.compute_dtype, None), (CHECK_DTYPE[config.compute_dtype], "reference")):
+    tokens = random_tokens(config, 1, max(CHECK_TOKENS, 2 * size + size // 4), context.device)
+
+    def losses(dtype: str, backend: str | None, *ways: list[Tensor]) -> list[Tensor]:
         other = with_config(model, replace(config, window=window, compute_dtype=dtype))
-        nlls.append(other.prefill(tokens, other.init_state(), backend=backend).nll[:, 1:].double())
-        del other
-        release_memory(context.device)
-    errors = (nlls[0] - nlls[1]).abs()
-    if config.compute_dtype in WORST_TOKEN:
-        return float(errors.max()), WORST_TOKEN[config.compute_dtype]
-    return float(errors.mean()), MEAN_OF_TOKENS[config.compute_dtype]
+        found = []
+        for parts in ways:
+            state = other.init_state()
+            nll = torch.cat([other.prefill(part, state, backend=backend).nll for part in parts], 1)
+            found.append(nll[:, 1:].double())
+        return found
+
+    own, wide = config.compute_dtype, "float64" if config.compute_dtype in WORST_TOKEN else "float32"
+    once, twice = [tokens], [tokens[:, : 2 * size], tokens[:, 2 * size :]]
+    (exact,) = losses(wide, "reference", once)
+    release_memory(context.device)
+    (plain,) = losses(own, "reference", once)
+    release_memory(context.device)
+    found = losses(own, None, once, twice, once, twice)
+    release_memory(context.device)
+
+    def off(nll: Tensor) -> float:
+        # Of the worst token, or of the mean over tokens where products are rounder.
+        differences = (nll - exact).abs()
+        return float(differences.max() if own in WORST_TOKEN else differences.mean())
+
+    # What rounding a loss to float32, its dtype, may be.
+    rounding = torch.finfo(torch.float32).eps * float(exact.abs().max())
+    # torch's maximum is NaN where one is.
+    worst = torch.tensor([off(nll) for nll in found], dtype=torch.float64).max()
+    return float(worst), SLACK * off(plain) + rounding
 
 
 SLACK = 3.0

@@ -26,6 +26,10 @@ STYLES = ("kernels", "compiled")
 """What stands between attention and products: this library's kernels, or plain torch, compiled."""
 
 
+RANKED = 32768
+"""Tokens by which fused kernels are ranked: of more the slowest would take too long."""
+
+
 @dataclass(frozen=True)
 class Attention:
     """A fused kernel of torch's, and the seconds of all that were tried, in the order of their names."""
@@ -45,13 +49,13 @@ class Attention:
 def fastest_attention(model: TTTModel, batch: int, length: int, *, learns: bool) -> Attention:
     """torch's fused kernel that takes least time for one block's attention, with its backward where `learns`.
 
-    Raises RuntimeError where none runs.
+    Of longer texts RANKED tokens tell. Raises RuntimeError where none runs.
     """
     config, device = model.config, model.final_norm.device
-    shape = (batch, length, config.num_heads, config.head_dim)
-    q, k, v = (
-        torch.randn(shape, device=device).to(config.torch_dtype).requires_grad_(learns) for _ in range(3)
-    )
+    shape = (batch, min(length, RANKED), 3, config.num_heads, config.head_dim)
+    # Values are a part of what one product gives; queries and keys have been normed and rotated since.
+    q, k, v = torch.randn(shape, device=device).to(config.torch_dtype).unbind(2)
+    q, k, v = (t.requires_grad_(learns) for t in (q.contiguous(), k.contiguous(), v))
     found: dict[str, float] = {}
     for name in FUSED:
         attend = Attention(name, {})
@@ -93,13 +97,14 @@ class Transformer:
         x = self._hidden(tokens, weights, keep=lambda block, w, x, turn: block(w, x, turn))
         return functional.linear(self._normed(x[:, -1]), weights[-1]["head"]).float()
 
-    def loss(self, tokens: Tensor, *, recompute: bool) -> Tensor:
-        """Mean next-token loss of tokens (B, T + 1).
+    def loss(self, tokens: Tensor, *, recompute: bool, blocks: int | None = None) -> Tensor:
+        """Mean next-token loss of tokens (B, T + 1), by the first `blocks` blocks alone (None: by all).
 
         With `recompute` a block keeps its input and what its attention gave, and computes the rest again.
         """
         keep = _keeping_attention if recompute else _keeping_all
-        weights = self.weights()
+        *every, head = self.weights()
+        weights = [*every[:blocks], head]
         x = self._normed(self._hidden(tokens[:, :-1], weights, keep))
         return linear_cross_entropy(x.flatten(0, 1), weights[-1]["head"], tokens[:, 1:].flatten())
 

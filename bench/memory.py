@@ -11,19 +11,24 @@ from pathlib import Path
 
 import torch
 
+from engine.device import peak_allocated
+
 
 class PeakMemory:
     """
     Counts from where it is made: memory that torch, Python and the caller hold at that moment is left out.
 
-    On CUDA it is what torch allocated at most. On Linux it is the most that the process had resident since
-    `restart`; elsewhere the most since the process began.
+    On CUDA it is what torch allocated at most, and what CUDA graphs keep besides. On Linux it is the most that the
+    process had resident since `restart`; elsewhere the most since the process began.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, model_bytes: int | None = None) -> None:
+        """`model_bytes`: on CUDA so many bytes are left out instead, since what a warm-up has made is needed too."""
         self.device = device
-        cuda = device.type == "cuda"
-        self.baseline = torch.cuda.memory_allocated(device) if cuda else _resident_bytes("VmRSS")
+        if device.type != "cuda":
+            self.baseline = _resident_bytes("VmRSS")
+        else:
+            self.baseline = torch.cuda.memory_allocated(device) if model_bytes is None else model_bytes
         self._forgotten = 0
 
     def restart(self) -> None:
@@ -46,8 +51,13 @@ class PeakMemory:
 
     def _highest_bytes(self) -> int:
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+            return peak_allocated(self.device)
         return _resident_bytes("VmHWM")
+
+
+def parameter_bytes(model: torch.nn.Module) -> int:
+    """Of all parameters of a model."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def release_memory(device: torch.device) -> None:

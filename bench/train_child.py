@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.child import run_script, serve
-from bench.memory import PeakMemory, freed_memory_kept, release_memory
+from bench.memory import PeakMemory, freed_memory_kept, parameter_bytes, release_memory
 from bench.output import progress
 from bench.timing import timed
 from engine import TTTConfig, TTTModel
@@ -62,7 +62,7 @@ def measure(job: Job) -> dict[str, Any]:
     _step(model, tokens[:, : min(tokens.shape[1], 2 * config.mini_batch_size + 1)], job)
     model.zero_grad()
     release_memory(device)
-    memory = PeakMemory(device)
+    memory = PeakMemory(device, parameter_bytes(model))
     memory.restart()
     _step(model, tokens, job)
     extra = memory.peak_bytes()

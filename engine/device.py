@@ -27,3 +27,16 @@ def available_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     line = next(line for line in lines if line.startswith("MemAvailable"))
     return int(line.split()[1]) * 1024
+
+
+def peak_allocated(device: torch.device) -> int:
+    """The most that torch has allocated on a CUDA device at once, and what its graphs keep for themselves, in bytes.
+
+    To the allocator a graph's intermediates are free once they are recorded, and no replay changes its counters; but
+    nothing else can have their memory.
+    """
+    kept = 0
+    for segment in torch.cuda.memory_snapshot():
+        if segment["device"] == device.index and tuple(segment["segment_pool_id"]) != (0, 0):
+            kept += segment["total_size"] - segment["allocated_size"]
+    return torch.cuda.max_memory_allocated(device) + kept

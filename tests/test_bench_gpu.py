@@ -6,16 +6,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench import gpu, gpu_child, gpu_jobs, gpu_operators, gpu_plan, gpu_prefill, gpu_store, machine
+from bench import (
+    gpu,
+    gpu_child,
+    gpu_jobs,
+    gpu_operators,
+    gpu_plan,
+    gpu_prefill,
+    gpu_store,
+    gpu_train,
+    machine,
+)
 from bench.gpu_bars import BARS
 from bench.gpu_cases import Sizes, case, names
 from bench.gpu_checks import CPU, SIZES, operator
@@ -27,9 +40,14 @@ from bench.gpu_plan import Measurement, Settings, in_order, plan
 from bench.gpu_prefill import checked, same_logits
 from bench.gpu_train import engine_loss, gradient_error, step
 from bench.gpu_transformer import Attention, Transformer
-from engine import TTTConfig, TTTModel
+from bench.memory import PeakMemory, parameter_bytes
+from engine import TTTConfig, TTTModel, graphs
 from engine import config as configs
 from engine.golden import carried_cases, load_golden
+from engine.ops import Ops
+from engine.prefill import Reader
+from engine.training import trial
+from engine.workspace import Workspace
 from ttt_kernels import tuning
 from ttt_kernels.registry import OPERATORS
 
@@ -516,6 +534,7 @@ def test_plain_torch_is_the_same_baseline() -> None:
     torch.testing.assert_close(values[0], values[1])
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_wrong_model_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     right = TTTModel.prefill
 
@@ -531,15 +550,187 @@ def test_a_wrong_model_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         checked(Context(CPU, "float32"), model)
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_what_is_replayed_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recordings whose replay gives something else than what was recorded; as few tokens as for large models."""
+    monkeypatch.setattr(gpu_prefill, "CHECK_TOKENS", 1)
+    monkeypatch.setattr("engine.state.SLAB", 32)
+    model = random_model(small(), torch.float32, CPU)
+    kinds: set[Any] = set()
+    wrong = [""]
+
+    def run(self: Workspace, lane: Any, key: tuple[Any, ...], work: Callable[[], None]) -> None:
+        work()
+        if key in self._replays and key[0] == wrong[0]:
+            self.nll += 1e-3
+        kinds.add(key[0])
+        self._replays[key] = work
+
+    recorded_by(monkeypatch, run)
+    assert checked(Context(CPU, "float32"), model)["error"] < 2e-5
+    for wrong[0] in ("step", "look"):
+        with pytest.raises(Wrong, match="off by"):
+            checked(Context(CPU, "float32"), model)
+    assert kinds == {"prefix", "step", "look"}
+
+
+def recorded_by(monkeypatch: pytest.MonkeyPatch, run: Callable[..., None]) -> None:
+    """Has the engine read as on a GPU, with something else than graphs."""
+    lane = SimpleNamespace(active=nullcontext, mark=lambda: None, wait=lambda mark: None)
+    monkeypatch.setattr(graphs, "available", lambda device: True)
+    monkeypatch.setattr(graphs, "lanes", lambda device: graphs.Lanes(lane, lane))
+    monkeypatch.setattr(Ops, "recordable", property(lambda ops: "reference" not in ops.backends))
+    monkeypatch.setattr(Workspace, "run", run)
+
+
+def test_nothing_is_recorded_while_a_long_text_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the windows, mini-batches and parts of the model that reads it, whose width changes nothing."""
+    usual = TTTConfig.preset("125m")
+    narrow = usual.to_dict() | {
+        "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "num_layers": 2, "suffix_layers": 1,
+        "vocab_size": 16, "bos_token_id": None,
+    }  # fmt: skip
+    del narrow["name"]
+    monkeypatch.setitem(configs._PRESETS, "narrow", narrow)
+    monkeypatch.setattr(gpu_prefill, "checked", lambda context, model: {})
+    monkeypatch.setattr(Reader, "logits", lambda self: None)
+    part: list[int] = []
+    recorded: set[Any] = set()
+    late: list[Any] = []
+
+    def run(self: Workspace, lane: Any, key: tuple[Any, ...], work: Callable[[], None]) -> None:
+        if key not in recorded and part:
+            late.append((len(part), key))
+        recorded.add(key)
+
+    def told(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+        part.append(0)
+        return work(), 1.0
+
+    recorded_by(monkeypatch, run)
+    monkeypatch.setattr(gpu_prefill, "timed", told)
+    gpu_prefill.long_text(Context(CPU, "float32"), "narrow", 2**20)
+    assert len(part) == gpu_prefill.PARTS
+    assert {key[0] for key in recorded} == {"prefix", "step", "look"}
+    assert late == []
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_nothing_is_recorded_while_reading_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(configs._PRESETS, "small", SMALL)
+    timing, late = [False], []
+
+    def run(self: Workspace, lane: Any, key: tuple[Any, ...], work: Callable[[], None]) -> None:
+        if key not in self._replays and timing[0]:
+            late.append(key)
+        self._replays[key] = work
+        work()
+
+    def told(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+        timing[0] = True
+        return work(), 1.0
+
+    recorded_by(monkeypatch, run)
+    monkeypatch.setattr(gpu_prefill, "timed", told)
+    found = gpu_prefill.ttt(Context(CPU, "float32"), "small", 256)
+    assert timing[0]
+    assert late == []
+    assert found["runs"] == [1.0, 1.0]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_rounder_products_are_given_what_rounding_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formulas at the model's own dtype are as far off as it says; a few times that is too far."""
+    config = small(compute_dtype="bfloat16")
+    model = random_model(config, torch.bfloat16, CPU)
+    found = checked(Context(CPU, "bfloat16"), model)
+    assert found["error"] <= found["tolerance"] < 5 * found["error"]
+    right = TTTModel.prefill
+
+    def wrong(model: Any, tokens: torch.Tensor, state: Any, *, backend: str | None = None) -> Any:
+        out = right(model, tokens, state, backend=backend)
+        return out._replace(nll=out.nll + 2 * found["tolerance"]) if backend is None else out
+
+    monkeypatch.setattr(TTTModel, "prefill", wrong)
+    with pytest.raises(Wrong, match="off by"):
+        checked(Context(CPU, "bfloat16"), model)
+
+
 def test_a_batch_is_accumulated_of_what_fits() -> None:
     """Without memory for two sequences they come one by one."""
     config = small()
     context = Context(CPU, "float32")
     for needed, size in ((1.0, 4), (1e18, 1)):
         model = random_model(config, torch.float32, CPU)
-        found = step(context, model, engine_loss(model), 32, 128, needed)
+        found = step(context, model, engine_loss(model), 32, 128, needed, lambda part: None)
         assert (found["micro_batch"], found["micro_batches"]) == (size, 4 // size)
         assert found["tokens"] == 128
+
+
+def test_what_does_not_fit_is_gone_before_less_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While an error is handled, its traceback holds all that the failed step had."""
+    config = small()
+    model = random_model(config, torch.float32, CPU)
+    held: list[weakref.ref[torch.Tensor]] = []
+    left: list[bool] = []
+
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
+        large = torch.zeros(3)
+        held.append(weakref.ref(large))
+        if len(tokens) > 1:
+            raise torch.OutOfMemoryError
+        return engine_loss(model)(tokens) + large.sum()
+
+    def note(device: torch.device) -> None:
+        left.append(any(tensor() is not None for tensor in held))
+
+    monkeypatch.setattr(gpu_train, "release_memory", note)
+    assert step(Context(CPU, "float32"), model, loss, 32, 64, 1.0, lambda part: None)["micro_batch"] == 1
+    assert len(held) == 3
+    assert len(left) == 4
+    assert not any(left)
+
+
+def test_full_attention_is_warmed_up_at_its_full_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one block and the head; and values lie in memory as they do in the model."""
+    monkeypatch.setitem(configs._PRESETS, "small", SMALL)
+    monkeypatch.setattr(gpu_train, "checked", lambda *_: {})
+    calls: list[tuple[int | None, int, bool]] = []
+    strides: set[tuple[Any, ...]] = set()
+    usual, attend = Transformer.loss, Attention.__call__
+
+    def loss(self: Transformer, tokens: torch.Tensor, *, recompute: bool, blocks: int | None = None) -> Any:
+        calls.append((blocks, tokens.shape[1] - 1, torch.is_grad_enabled()))
+        return usual(self, tokens, recompute=recompute, blocks=blocks)
+
+    def attended(self: Attention, *given: torch.Tensor) -> torch.Tensor:
+        strides.add(tuple(t.stride() for t in given))
+        return attend(self, *given)
+
+    monkeypatch.setattr(Transformer, "loss", loss)
+    monkeypatch.setattr(Attention, "__call__", attended)
+    gpu_train.full_attention(Context(CPU, "float32"), "small", 64, 64)
+    assert calls == [(1, 64, True), (None, 64, True), (None, 64, True)]
+    assert len(strides) == 1
+
+
+def test_what_graphs_keep_counts_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that was allocated the parameters alone are left out, not what a warm-up has made."""
+    cuda = torch.device("cuda", 1)
+    segments = [
+        {"device": 1, "segment_pool_id": (0, 0), "total_size": 10**9, "allocated_size": 7000},
+        {"device": 1, "segment_pool_id": (0, 3), "total_size": 500, "allocated_size": 20},
+        {"device": 1, "segment_pool_id": (0, 4), "total_size": 60, "allocated_size": 60},
+        {"device": 0, "segment_pool_id": (0, 5), "total_size": 10**8, "allocated_size": 0},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7080)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 9000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    linear = torch.nn.Linear(5, 10, bias=False, dtype=torch.bfloat16)
+    assert PeakMemory(cuda, parameter_bytes(linear)).peak_bytes() == 9000 + 480 - 100
+    assert PeakMemory(cuda).peak_bytes() == 9000 + 480 - 7080
+    assert trial._peak(cuda) == 9480
 
 
 @pytest.mark.usefixtures("quick")

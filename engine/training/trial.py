@@ -15,6 +15,7 @@ from typing import cast
 import torch
 
 from engine.config import DTYPES
+from engine.device import peak_allocated
 from engine.loss import Method
 from engine.model import TTTModel
 from engine.training.optimizer import clip_, make_optimizer
@@ -32,7 +33,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Cost:
-    """peak: bytes of the whole process (on CUDA what torch allocated). seconds: of a loss and its gradient, of which
+    """peak: bytes of the whole process (on CUDA what torch and its graphs have). seconds: of a loss and its gradient, of which
     `forward` is the loss. update: seconds of clipping and of the optimizer's step.
     """
 
@@ -98,6 +99,6 @@ def _now(device: torch.device) -> float:
 
 def _peak(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return peak_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
