@@ -33,8 +33,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Cost:
-    """peak: bytes of the whole process (on CUDA what torch and its graphs have). seconds: of a loss and its gradient, of which
-    `forward` is the loss. update: seconds of clipping and of the optimizer's step.
+    """peak: bytes of the whole process (on CUDA what torch and its graphs have). seconds: of a loss and its gradient,
+    of which `forward` is the loss. update: seconds of clipping and of the optimizer's step.
     """
 
     peak: int
