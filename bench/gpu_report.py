@@ -174,7 +174,8 @@ def _train_rows(
     if result["micro_batches_measured"] < result["micro_batches"]:
         note += f", {result['micro_batches_measured']} of them measured"
     if "attention" in result:
-        note += f"; {result['attention']}, {result['style']}, computed again: {result['recompute']}"
+        note += f"; {result['attention']}, {result['style']}"
+    note += f"; computed again: {result['recompute']}"
     return [
         (
             name, f"{result['seconds']:.3f}", f"{result['tokens_per_s']:,.0f}", *_rate(result, ceilings),

@@ -46,8 +46,8 @@ from engine import config as configs
 from engine.golden import carried_cases, load_golden
 from engine.ops import Ops
 from engine.prefill import Reader
+from engine.recordings import Recordings
 from engine.training import trial
-from engine.workspace import Workspace
 from ttt_kernels import tuning
 from ttt_kernels.registry import OPERATORS
 
@@ -669,7 +669,7 @@ def test_what_is_replayed_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> Non
     kinds: set[Any] = set()
     wrong = [""]
 
-    def run(self: Workspace, lane: Any, key: tuple[Any, ...], work: Callable[[], None]) -> None:
+    def run(self: Recordings, lane: Any, key: tuple[Any, ...], work: Callable[[], None]) -> None:
         work()
         if key in self._replays and key[0] == wrong[0]:
             self.nll += 1e-3
@@ -690,7 +690,7 @@ def recorded_by(monkeypatch: pytest.MonkeyPatch, run: Callable[..., None]) -> No
     monkeypatch.setattr(graphs, "available", lambda device: True)
     monkeypatch.setattr(graphs, "lanes", lambda device: graphs.Lanes(lane, lane))
     monkeypatch.setattr(Ops, "recordable", property(lambda ops: "reference" not in ops.backends))
-    monkeypatch.setattr(Workspace, "run", run)
+    monkeypatch.setattr(Recordings, "run", run)
 
 
 def test_nothing_is_recorded_while_a_long_text_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -708,7 +708,7 @@ def test_nothing_is_recorded_while_a_long_text_is_timed(monkeypatch: pytest.Monk
     recorded: set[Any] = set()
     late: list[Any] = []
 
-    def run(self: Workspace, lane: Any, key: tuple[Any, ...], work: Callable[[], None]) -> None:
+    def run(self: Recordings, lane: Any, key: tuple[Any, ...], work: Callable[[], None]) -> None:
         if key not in recorded and part:
             late.append((len(part), key))
         recorded.add(key)
@@ -730,7 +730,7 @@ def test_nothing_is_recorded_while_reading_is_timed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(configs._PRESETS, "small", SMALL)
     timing, late = [False], []
 
-    def run(self: Workspace, lane: Any, key: tuple[Any, ...], work: Callable[[], None]) -> None:
+    def run(self: Recordings, lane: Any, key: tuple[Any, ...], work: Callable[[], None]) -> None:
         if key not in self._replays and timing[0]:
             late.append(key)
         self._replays[key] = work
@@ -775,6 +775,64 @@ def test_a_batch_is_accumulated_of_what_fits() -> None:
         found = step(context, model, engine_loss(model), 32, 128, needed, lambda part: None)
         assert (found["micro_batch"], found["micro_batches"]) == (size, 4 // size)
         assert found["tokens"] == 128
+
+
+@pytest.mark.parametrize(("kind", "enough"), [("ttt", 4), ("full_attention", 1)])
+@pytest.mark.parametrize(
+    ("room", "fails", "expected"),
+    [(1.01, False, {False}), (0.99, False, {True}), (1.01, True, {False, True})],
+)
+def test_nothing_is_computed_again_where_enough_sequences_fit(
+    kind: str, enough: int, room: float, fails: bool, expected: set[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as make large products; where it does not fit, or proves not to, what is spared is computed again."""
+    monkeypatch.setitem(configs._PRESETS, "small", SMALL)
+    monkeypatch.setattr(gpu_train, "checked", lambda *_: {})
+    tried: list[tuple[bool, int]] = []
+    usual, loss = TTTModel.loss, Transformer.loss
+
+    def own(self: TTTModel, tokens: torch.Tensor, *, checkpoint_blocks: bool) -> Any:
+        tried.append((checkpoint_blocks, len(tokens)))
+        if fails and not checkpoint_blocks:
+            raise torch.OutOfMemoryError
+        return usual(self, tokens, checkpoint_blocks=checkpoint_blocks)
+
+    def other(self: Transformer, tokens: torch.Tensor, *, recompute: bool, **more: Any) -> torch.Tensor:
+        tried.append((recompute, len(tokens)))
+        if fails and not recompute:
+            raise torch.OutOfMemoryError
+        return loss(self, tokens, recompute=recompute, **more)
+
+    monkeypatch.setattr(TTTModel, "loss", own)
+    monkeypatch.setattr(Transformer, "loss", other)
+    config = TTTConfig.preset("small", compute_dtype="float32")
+    of_one = gpu_train.ttt_bytes(config, 32, recompute=False)
+    if kind == "full_attention":
+        of_one = gpu_train.full_attention_bytes(config.as_full_attention(32), 32, recompute=False)
+    free = room * enough * of_one / gpu_train.SHARE_OF_MEMORY
+    monkeypatch.setattr(gpu_train, "_free", lambda *_: free)
+    found = getattr(gpu_train, kind)(Context(CPU, "float32"), "small", 32, 8 * 32)
+    assert {again for again, _ in tried} == expected
+    assert found["recompute"].startswith("all" if True in expected else "nothing")
+    assert all(rows >= enough for again, rows in tried if not again)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_gradients_of_replays_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recordings whose replay gives something else than what was recorded."""
+    wrong = False
+
+    def run(self: Any, lane: Any, key: tuple[Any, ...], work: Callable[[], None]) -> None:
+        work()
+        if wrong and key in self._replays and key[0] == "back":
+            self.d_x *= 1.1
+        self._replays[key] = work
+
+    recorded_by(monkeypatch, run)
+    assert gpu_train.checked(Context(CPU, "float32"), small(), engine_loss)["error"] < 1e-4
+    wrong = True
+    with pytest.raises(Wrong, match="gradients are off"):
+        gpu_train.checked(Context(CPU, "float32"), small(), engine_loss)
 
 
 def test_what_does_not_fit_is_gone_before_less_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
