@@ -25,6 +25,7 @@ TASKS = {
     "operator check": gpu_checks.operator,
     "golden check": gpu_checks.golden,
     "compile": gpu_operators.compile_kernels,
+    "compile models": gpu_train.compile_models,
     "ceilings": gpu_ceilings.measure,
     "operator": gpu_operators.measure,
     "prefill ttt-e2e": gpu_prefill.ttt,

@@ -96,7 +96,7 @@ def _sections(store: Store, everything: Sequence[Measurement]) -> list[str]:
     for title, stage, header, make in tables:
         rows: list[Sequence[str]] = []
         for m in everything:
-            if m.stage != stage or m.task == "compile":
+            if m.stage != stage or m.task.startswith("compile"):
                 continue
             result = store.results.get(m.key, {"status": "skipped", "reason": "not asked for yet"})
             if result["status"] == "measured":

@@ -15,6 +15,7 @@ from torch import Tensor
 from bench import train_child
 from bench.flops import training_flops_per_token
 from bench.gpu_context import Context, Wrong, random_model, random_tokens
+from bench.gpu_prefill import reading_error
 from bench.gpu_transformer import Transformer, fastest_attention
 from bench.memory import PeakMemory, parameter_bytes, release_memory
 from bench.timing import timed
@@ -103,6 +104,23 @@ def full_attention(
         "attention_seconds": attention.seconds,
         "style": style,
     }
+
+
+def compile_models(context: Context, preset: str) -> dict[str, Any]:
+    """Reads and learns by a model as wide as the preset's but of few blocks, for kernels that calls of single operators
+    do not compile: each leaves out other arguments and results.
+    """
+    config = TTTConfig.preset(preset, compute_dtype=context.dtype)
+    size = config.mini_batch_size
+    # Keys of earlier tokens grow to a window's worth, one less than a multiple of a tile.
+    config = replace(config, num_layers=3, suffix_layers=2, window=2 * size)
+    reading_error(context, random_model(config, context.torch_dtype, context.device))
+    ways = engine_loss, partial(engine_loss, recompute=False)
+    gradient_error(context, config, *ways)
+    model = random_model(config, _stored(config), context.device)
+    for way in ways:
+        _backward(way(model), random_tokens(config, 1, 4 * size + 1, context.device))
+    return {}
 
 
 def sparing(

@@ -720,9 +720,55 @@ def test_nothing_is_recorded_while_a_long_text_is_timed(monkeypatch: pytest.Monk
     recorded_by(monkeypatch, run)
     monkeypatch.setattr(gpu_prefill, "timed", told)
     gpu_prefill.long_text(Context(CPU, "float32"), "narrow", 2**20)
-    assert len(part) == gpu_prefill.PARTS
+    assert len(part) == gpu_prefill.PASSES * gpu_prefill.PARTS
     assert {key[0] for key in recorded} == {"prefix", "step", "look"}
     assert late == []
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_interruption_of_a_long_text_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(configs._PRESETS, "small", SMALL)
+    calls: list[float] = []
+
+    def told(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+        calls.append(100.0 if len(calls) in (3, gpu_prefill.PARTS + 62) else 1.0)
+        return work(), calls[-1]
+
+    monkeypatch.setattr(gpu_prefill, "timed", told)
+    found = gpu_prefill.long_text(Context(CPU, "float32"), "small", 1024)
+    assert max(calls) == 100.0
+    assert found["seconds_by_part"] == [1.0] * gpu_prefill.PARTS
+    assert found["late_over_early"] == 1.0
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("can", [True, False])
+def test_full_attention_is_replayed_where_the_engine_is(can: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timed without launches; with them where it cannot be recorded."""
+    monkeypatch.setitem(configs._PRESETS, "small", SMALL)
+    recorded_by(monkeypatch, lambda *_: None)
+    done: list[str] = []
+
+    def record(work: Callable[[], None]) -> Callable[[], None]:
+        if not can:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        work()
+        return lambda: done.append("replayed")
+
+    lane = graphs.lanes(CPU).main
+    lane.record = record  # type: ignore[method-assign]
+    usual = Transformer.logits
+
+    def logits(self: Transformer, tokens: torch.Tensor, weights: Any) -> torch.Tensor:
+        if tokens.shape[1] == 64:
+            done.append("launched")
+        return usual(self, tokens, weights)
+
+    monkeypatch.setattr(Transformer, "logits", logits)
+    found = gpu_prefill.full_attention(Context(CPU, "float32"), "small", 64)
+    runs = len(found["runs"])
+    # The warm-up, and the recording.
+    assert done == (["launched"] * 2 + ["replayed"] * runs if can else ["launched"] * (1 + runs))
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -815,6 +861,39 @@ def test_nothing_is_computed_again_where_enough_sequences_fit(
     assert {again for again, _ in tried} == expected
     assert found["recompute"].startswith("all" if True in expected else "nothing")
     assert all(rows >= enough for again, rows in tried if not again)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_every_kernel_of_a_model_is_compiled_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a call's arguments those that are missing, and what is wanted, are compiled in."""
+    monkeypatch.setitem(
+        configs._PRESETS, "small", SMALL | {"num_layers": 4, "suffix_layers": 2, "window": 32}
+    )
+    calls: set[Any] = set()
+
+    def known(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.dtype, value.dim(), value.shape[1] % 16 if value.dim() == 4 else None
+        if isinstance(value, list | tuple):
+            return tuple(map(known, value))
+        return value if isinstance(value, bool) else type(value)
+
+    for name, op in OPERATORS.items():
+        for order, kernel in op.kernels["cpu"].items():
+
+            def told(*given: Any, what: Any = (name, order), kernel: Any = kernel) -> Any:
+                calls.add((what, *map(known, given)))
+                return kernel(*given)
+
+            monkeypatch.setitem(op.kernels["cpu"], order, told)
+    context = Context(CPU, "float32")
+    gpu_train.compile_models(context, "small")
+    compiled = set(calls)
+    calls.clear()
+    gpu_train.ttt(context, "small", 96, 192)
+    gpu_prefill.ttt(context, "small", 96)
+    assert len(calls) > len(OPERATORS)
+    assert calls <= compiled
 
 
 @pytest.mark.usefixtures("one_thread")
