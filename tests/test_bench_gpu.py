@@ -236,6 +236,22 @@ def test_results_of_other_sources_are_put_aside(tmp_path: Path) -> None:
         store.put("ceilings", {"status": "measured"})
 
 
+def test_kernels_are_compiled_again_where_the_cache_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results may have come from another machine like this one."""
+    pytest.importorskip("triton")
+    store = gpu_store.Store(tmp_path, {}, {})
+    compiled, check = (Measurement(k, "checks", k, {}, "group", 0.0) for k in ("compile", "operator check"))
+    assert not gpu.done(check, store)
+    for m in (compiled, check):
+        store.put(m.key, {"status": "measured"})
+    for folder, there in ((tmp_path, True), (tmp_path / "missing", False)):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+        assert gpu.done(check, store)
+        assert gpu.done(compiled, store) is there
+
+
 CHILD = """
 import json, os, signal, subprocess, sys, time
 for m in json.load(sys.stdin)["measurements"]:
