@@ -194,8 +194,7 @@ class ReplaySweep:
         )  # fmt: skip
         space.d_x.copy_(found.x)
         for mine, d_fast in zip(space.d_fast, found.fast, strict=True):
-            assert d_fast is not None
-            mine.copy_(d_fast)
+            mine.add_(d_fast) if along else mine.copy_(d_fast)
         for mine, d_slow in zip(space.totals, found.slow, strict=True):
             if d_slow is not None:
                 mine.add_(d_slow)
