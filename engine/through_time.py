@@ -176,7 +176,7 @@ class Sweep:
             step = self._step(index, fast, factors)
         if self._rollback is not None:
             assert factors is not None
-            self._rollback.keep(fast, step, factors)
+            self._rollback.keep(step, factors)
         self._loop.note(step)
         results.append(step.read[:3])
         return step.fast
