@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import resource
 import sys
 import time
@@ -14,12 +15,14 @@ from typing import cast
 
 import torch
 
-from engine.config import DTYPES
+from engine.config import DTYPES, TTTConfig
 from engine.device import peak_allocated
 from engine.loss import Method
 from engine.model import TTTModel
 from engine.training.optimizer import clip_, make_optimizer
 from engine.training.run import Run
+
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,25 @@ def try_out(run: Run, choice: Choice, length: int, passes: int = 1) -> Cost | No
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(_step, run, choice, length, passes, torch.get_num_threads()).result()
-        except (BrokenProcessPool, MemoryError, torch.OutOfMemoryError):
+        except (BrokenProcessPool, MemoryError):
             return None
+        except RuntimeError as error:
+            # Not only torch's allocator finds none: libraries and graphs have memory of their own.
+            if not _NO_MEMORY.search(str(error)):
+                raise
+            return None
+
+
+def enough(config: TTTConfig, device: torch.device) -> int:
+    """Tokens of a sequence that need all the code and all the graphs which a longer one needs."""
+    unit = config.mini_batch_size if config.suffix_layers else 1
+    if device.type == "cpu":
+        return 2 * unit
+    if not config.suffix_layers or config.window is None:
+        # Kernels are tried out for about as much work as they are given.
+        return sys.maxsize
+    # There is a graph for every number of earlier tokens that a mini-batch sees, and one of a step that nobody follows.
+    return (-(-config.window // unit) + 2) * unit
 
 
 def _step(run: Run, choice: Choice, length: int, passes: int, threads: int) -> Cost:
@@ -63,7 +83,6 @@ def _step(run: Run, choice: Choice, length: int, passes: int, threads: int) -> C
     model = TTTModel(run.model, dtype=DTYPES[run.param_dtype], device=device, seed=run.model_seed)
     optimizer = make_optimizer(model, run.optimizer)
     tokens = torch.randint(run.model.vocab_size, (choice.rows, length + 1), device=device)
-    unit = run.model.mini_batch_size if run.model.suffix_layers else 1
     accumulates = run.global_batch_size > choice.rows
 
     def once(part: torch.Tensor) -> tuple[float, float, float]:
@@ -86,7 +105,7 @@ def _step(run: Run, choice: Choice, length: int, passes: int, threads: int) -> C
         return back - start, read - start, _now(device) - back
 
     # Loads kernels, and makes the optimizer's state; with accumulation also the gradients of the sequences before.
-    once(tokens[:, : 2 * unit + 1] if length > 2 * unit else tokens)
+    once(tokens[:, : min(length, enough(run.model, device)) + 1])
     times = [once(tokens) for _ in range(passes)]
     return Cost(_peak(device), *(fmean(part) for part in zip(*times, strict=True)))
 
