@@ -22,7 +22,7 @@ from engine.profiling import stage
 from engine.rollback import Before
 from engine.step_back import Step, step_back
 from engine.sweep_space import space_for
-from engine.weights import Fast, mapped
+from engine.weights import Fast, mapped, tensors
 from ttt_kernels.clipped_sgd.reference import scale_of
 from ttt_kernels.swiglu.reference import Factors
 
@@ -106,7 +106,8 @@ class ReplaySweep:
                 d_x[:, part] = space.d_x
                 along = not self._loop.is_cut(index)
             before = space.d_rows[:, :, space.d_rows.shape[2] - self._known_rows :].clone()
-            totals = [t.clone() for t in space.totals]
+            kinds = [t.dtype for t in tensors(self._stored)]
+            totals = [t.to(kind, copy=True) for t, kind in zip(space.totals, kinds, strict=True)]
             first = [t.clone() if along else None for t in space.d_fast]
         return [d_x, *before.unbind(), *totals, *first]
 
