@@ -68,6 +68,7 @@ REPLAYED = "test_a_second_reading or test_states_take_turns"
 SWEPT = "test_a_second_sweep"
 TWIN, SLOPE = "test_within_budget and swiglu_jvp", "test_within_budget and linear_ce_slope"
 ATTENTION_TWIN = "test_within_budget and swa_jvp"
+NORM_TWIN = "test_within_budget and rms_norm_jvp and triton"
 
 OPERATORS = ("swa", "swiglu", "linear_ce", "rms_norm", "rope", "clipped_sgd", "decode")
 
@@ -93,7 +94,7 @@ class Mutation(NamedTuple):
             return "tests/test_replay_sweep.py"
         if folders == ["engine"]:
             return "tests/test_meta_gradient.py"
-        if folders == ["ttt_kernels"] or self.test in (TWIN, SLOPE, ATTENTION_TWIN):
+        if folders == ["ttt_kernels"] or self.test in (TWIN, SLOPE, ATTENTION_TWIN, NORM_TWIN):
             return "tests/test_every_operator.py"
         if self.file == GRID:
             return "tests/test_cuda_on_host.py"
@@ -397,7 +398,14 @@ MUTATIONS = (
              "test_logits_of_minus_infinity"),
     Mutation("Triton: a column too many", T_TILES, "(b_column < D)[None, :]\n    return tl.load(_row",
              "(b_column < D + 1)[None, :]\n    return tl.load(_row", SMALL),
-    Mutation("Triton: norm, x_bar loses 3 m p", N_KERNELS, "- 3.0 * b_m * b_p", "- b_m * b_p", BUDGET),
+    Mutation("Triton: norm, x_bar loses 3 m p", N_KERNELS, "b_of_h = b_r * (mean(b_a * b_dh, N) - 3.0 * b_m * b_p)",
+             "b_of_h = b_r * (mean(b_a * b_dh, N) - b_m * b_p)", BUDGET),
+    Mutation("Triton: norm's twin, x_bar loses 3 m p", N_KERNELS,
+             "b_of_h += b_r * (mean(b_a * b_dh, N) - 3.0 * b_m * b_p)", "b_of_h += b_r * mean(b_a * b_dh, N)",
+             NORM_TWIN),
+    Mutation("Triton: norm's twin, w's cotangent loses h p", N_KERNELS, "b_of_w += b_r * (b_a - b_h * b_p) * b_u",
+             "b_of_w += b_r * b_a * b_u", NORM_TWIN),
+    Mutation("Triton: norm's twin, x_bar loses b u", N_KERNELS, "b_to_h += b_b * b_u", "b_to_h += 0.0", NORM_TWIN),
     Mutation("Triton: norm, x_bar loses b dy h", N_KERNELS, "b_of_h += mean(b_b * b_dy * b_h, N)", "b_of_h += 0.0",
              BUDGET),
     Mutation("Triton: norm, dx loses its mean", N_KERNELS, "b_dh - b_h * mean(b_dh * b_h, N)", "b_dh", BUDGET),
