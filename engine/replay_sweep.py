@@ -203,8 +203,11 @@ def _step_on(sums: Tensor, d_past: Tensor, own: int) -> None:
 
     Args:
         sums: (B, W - 1 + b, H, D), of this mini-batch's rows last.
-        d_past: (B, n, H, D), what is to be added to those of the n rows before; what lies further back is zero.
+        d_past: (B, n, H, D), what is to be added to those of the n rows before.
         own: b.
+
+    Rows further back than those n are left: they are zeros still where a mini-batch before sees as many rows, and
+    nobody reads them again where it sees fewer.
     """
     end = sums.shape[1]
     first = end - d_past.shape[1]
@@ -216,7 +219,6 @@ def _step_on(sums: Tensor, d_past: Tensor, own: int) -> None:
             d_past[:, start - first : stop - first],
             out=sums[:, start:stop],
         )
-    sums[:, first - own : first] = 0
 
 
 class _Rows:
