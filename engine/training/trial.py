@@ -18,7 +18,7 @@ import torch
 from engine.config import DTYPES, TTTConfig
 from engine.device import peak_allocated
 from engine.loss import Method
-from engine.model import TTTModel
+from engine.model import INIT_STD, TTTModel
 from engine.training.optimizer import clip_, make_optimizer
 from engine.training.run import Run
 
@@ -80,7 +80,7 @@ def enough(config: TTTConfig, device: torch.device) -> int:
 def _step(run: Run, choice: Choice, length: int, passes: int, threads: int) -> Cost:
     torch.set_num_threads(threads)
     device = torch.device(run.device)
-    model = TTTModel(run.model, dtype=DTYPES[run.param_dtype], device=device, seed=run.model_seed)
+    model = _random_model(run, device)
     optimizer = make_optimizer(model, run.optimizer)
     tokens = torch.randint(run.model.vocab_size, (choice.rows, length + 1), device=device)
     accumulates = run.global_batch_size > choice.rows
@@ -108,6 +108,15 @@ def _step(run: Run, choice: Choice, length: int, passes: int, threads: int) -> C
     once(tokens[:, : min(length, enough(run.model, device)) + 1])
     times = [once(tokens) for _ in range(passes)]
     return Cost(_peak(device), *(fmean(part) for part in zip(*times, strict=True)))
+
+
+def _random_model(run: Run, device: torch.device) -> TTTModel:
+    """A model with the initial distribution, drawn on the device: elsewhere a large one takes longer than a trial."""
+    model = TTTModel(run.model, dtype=DTYPES[run.param_dtype], device="meta").to_empty(device=device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(0.0, INIT_STD)
+    return model
 
 
 def _now(device: torch.device) -> float:
