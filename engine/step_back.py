@@ -75,6 +75,8 @@ def step_back(
     if any(g is not None for g in d_fast):
         along = _update_back(ops, config, step.before, d_fast, lr)
         dots = by_block([t.to(config.torch_dtype) for t in along])
+        # As large as the fast weights, and no longer needed.
+        del along
         with torch.enable_grad():
             nll, change = loss_along(ops, config, weights, now, dots, *arguments)
         results = [(nll, d_nll), (change, torch.ones_like(change))]
