@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from engine.device import peak_allocated
+from engine.device import peak_allocated, resident_bytes
 
 
 class PeakMemory:
@@ -26,7 +25,7 @@ class PeakMemory:
         """`model_bytes`: on CUDA so many bytes are left out instead, since what a warm-up has made is needed too."""
         self.device = device
         if device.type != "cuda":
-            self.baseline = _resident_bytes("VmRSS")
+            self.baseline = resident_bytes("VmRSS")
         else:
             self.baseline = torch.cuda.memory_allocated(device) if model_bytes is None else model_bytes
         self._forgotten = 0
@@ -52,7 +51,7 @@ class PeakMemory:
     def _highest_bytes(self) -> int:
         if self.device.type == "cuda":
             return peak_allocated(self.device)
-        return _resident_bytes("VmHWM")
+        return resident_bytes("VmHWM")
 
 
 def parameter_bytes(model: torch.nn.Module) -> int:
@@ -97,20 +96,3 @@ def freed_memory_kept() -> Iterator[None]:
     finally:
         for parameter, _, default in settings:
             change(parameter, default)
-
-
-def _resident_bytes(field: str) -> int:
-    """Resident bytes of this process: now (VmRSS), or the most there ever were (VmHWM)."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return _highest_resident_bytes()
-    line = next(line for line in lines if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def _highest_resident_bytes() -> int:
-    import resource
-
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024

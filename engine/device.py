@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -40,3 +41,21 @@ def peak_allocated(device: torch.device) -> int:
         if segment["device"] == device.index and tuple(segment["segment_pool_id"]) != (0, 0):
             kept += segment["total_size"] - segment["allocated_size"]
     return torch.cuda.max_memory_allocated(device) + kept
+
+
+def resident_bytes(field: str) -> int:
+    """Resident bytes of this process: now (VmRSS), or the most there ever were (VmHWM); off Linux always the most."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return _highest_resident_bytes()
+    line = next(line for line in lines if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def _highest_resident_bytes() -> int:
+    # On Linux it would count what the process was before it became another program: a copy of its parent.
+    import resource
+
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024

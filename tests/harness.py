@@ -1,8 +1,11 @@
 """What the operators' tests share: every order of an operator against float64, with an honest budget."""
 
-from collections.abc import Callable, Iterator, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -120,3 +123,18 @@ def instruction_set(name: str) -> Iterator[None]:
         yield
     finally:
         extension.choose_instruction_set(before)
+
+
+def reason_in(folder: Path, backend: str, environment: Mapping[str, str]) -> str:
+    """Why a backend cannot run, in a process that has the packages of `folder`."""
+    # The finder of an editable installation would look for what was not built there in its checkout.
+    script = (
+        "import sys\n"
+        "of_checkout = lambda finder: getattr(finder, '__module__', '').startswith('__editable__')\n"
+        "sys.meta_path[:] = [finder for finder in sys.meta_path if not of_checkout(finder)]\n"
+        "import ttt_kernels\n"
+        f"print(ttt_kernels.backends()[{backend!r}]['reason'])"
+    )
+    run = [sys.executable, "-c", script]
+    told = subprocess.run(run, cwd=folder, env=environment, check=True, capture_output=True, text=True)
+    return told.stdout.strip()

@@ -44,7 +44,8 @@ def _examples() -> dict[str, Example]:
     attention = _draw((1, 5, 2, 4), (1, 8, 1, 4), (1, 8, 1, 4))
     lengths = torch.tensor([7])
     mlp = [t * 0.5 for t in _draw((2, 3, 4), (2, 6, 4), (2, 6, 4), (2, 4, 6))]
-    head = (*_draw((5, 3), (11, 3)), torch.tensor([0, 10, -100, 7, 7]))
+    # In 16 bits the errors of fewer rows are a matter of luck.
+    head = (*_draw((12, 3), (11, 3)), torch.tensor([0, 10, -100, 7, 7, 3, 9, 1, 5, 10, 2, 8]))
     fast = [_draw((2, 3, 4), (2, 7), seed=s) for s in (0, 5)]
     rate = torch.tensor(0.3, dtype=torch.float64)
     normed = _draw((3, 2, 10), (10,), (3, 2, 10))

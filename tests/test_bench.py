@@ -93,18 +93,20 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize(("dtype", "compared"), [("float32", "worst"), ("bfloat16", "mean")])
 @pytest.mark.usefixtures("quick")
-def test_prefill_writes_an_object_for_every_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prefill_writes_an_object_for_every_run(
+    dtype: str, compared: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, plot = tmp_path / "runs.json", tmp_path / "plot.png"
     pytest.importorskip("matplotlib")
-    assert (
-        prefill.main([*SHORT, "--batch", "2", "--compare", "all", "--json", str(file), "--plot", str(plot)])
-        == 0
-    )
+    arguments = ["--dtype", dtype, "--batch", "2", "--compare", "all"]
+    assert prefill.main([*SHORT, *arguments, "--json", str(file), "--plot", str(plot)]) == 0
     runs: list[dict[str, Any]] = json.loads(file.read_text())
     assert {run["model"] for run in runs} == {"ttt-e2e", "full-attention", "sliding-window"}
     for run in runs:
         assert (run["preset"], run["context"], run["batch"], run["device"]) == ("tiny", 160, 2, "cpu")
+        assert run["dtype"] == dtype
         assert run["tokens_per_s"] == pytest.approx(2 * 160 / min(run["seconds"]))
         assert run["flops_per_s"] == pytest.approx(run["tokens_per_s"] * run["flops_per_token"])
         assert run["share_of_peak"] == pytest.approx(run["flops_per_s"] / run["peak_flops_per_s"])
@@ -115,7 +117,7 @@ def test_prefill_writes_an_object_for_every_run(tmp_path: Path, capsys: pytest.C
         assert 3.0 < run["mean_nll"] < 6.5
     out, err = capsys.readouterr()
     assert "full-attention" in out
-    assert "worst difference" in err
+    assert f"{compared} difference" in err
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plot.png", "runs.json"]
 
@@ -132,22 +134,30 @@ def test_prefill_reads_the_users_text(tmp_path: Path) -> None:
     assert run["mean_nll"] < 5.0
 
 
+@pytest.mark.parametrize(
+    ("dtype", "first", "error"), [("float32", -1, 1e-4), ("bfloat16", 0, 0.04)], ids=["float32", "bfloat16"]
+)
 @pytest.mark.usefixtures("quick")
 def test_no_speed_is_reported_of_a_wrong_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dtype: str,
+    first: int,
+    error: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     right = measure.TTTModel.prefill
 
     def wrong(model: Any, tokens: torch.Tensor, state: Any, *, backend: str) -> Any:
         out = right(model, tokens, state, backend="reference")
         if backend == "other":
-            out.nll[:, -1] += 1e-4
+            out.nll[:, first:] += error
         return out
 
     monkeypatch.setattr(measure.TTTModel, "prefill", wrong)
     monkeypatch.setattr(prefill.options, "select", lambda *arguments: "other")
     file = tmp_path / "runs.json"
-    assert prefill.main([*SHORT, "--compare", "none", "--json", str(file)]) == 1
+    assert prefill.main([*SHORT, "--dtype", dtype, "--compare", "none", "--json", str(file)]) == 1
     out, err = capsys.readouterr()
     assert "tokens/s" not in out + err
     assert "disagrees with the reference" in err

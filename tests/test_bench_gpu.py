@@ -31,7 +31,7 @@ from bench import (
 )
 from bench.gpu_bars import BARS
 from bench.gpu_cases import Sizes, case, names
-from bench.gpu_checks import CPU, SIZES, operator
+from bench.gpu_checks import CPU, REPEAT, SIZES, operator
 from bench.gpu_context import Context, Wrong, random_model, random_tokens, with_config
 from bench.gpu_official import Unavailable, named_as_there
 from bench.gpu_official import measure as measure_official
@@ -484,7 +484,8 @@ def test_kernels_are_checked_with_every_configuration(monkeypatch: pytest.Monkey
     assert [(o["configuration"], o["repeats"]) for o in told] == [(0, True), (1, True), (2, False)]
     assert all(o["error"] <= o["tolerance"] for o in told)
     assert not found["green"]
-    assert [ran.count(option) for option in options] == [3, 3, 3]
+    # Both other orders take what forward saves from one run more, of what is chosen outside of these checks.
+    assert [ran.count(option) for option in options] == [REPEAT + 2, REPEAT, REPEAT]
 
 
 def small(**changes: Any) -> TTTConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from statistics import median
 
 import pytest
 import torch
@@ -100,17 +101,23 @@ def test_many_keys(isa: str) -> None:
 
 
 @needs_cpu
+@pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_rounds_where_separate_operators_would(dtype: torch.dtype) -> None:
-    """Far nearer to the plain formulas at the same dtype than these are to float64."""
-    stack = make_stack(heads=3, head_dim=32, intermediate=200, vocab=90, capacities=(20, 20))
+def test_rounds_where_separate_operators_would(isa: str, dtype: torch.dtype) -> None:
+    """Most sequences are far nearer to the plain formulas at the same dtype than these are to float64.
+
+    In the others a sum that lies between two numbers was rounded to the other one, and with it all that comes after.
+    """
+    stack = make_stack(32, heads=3, head_dim=32, intermediate=200, vocab=90, capacities=(20, 20))
     exact, plain, own = cast(cast(stack, dtype), torch.float64), cast(stack, dtype), cast(stack, dtype)
     token, rows, counts = make_token(stack, dtype), (15, 15), (12, 12)
     truth = step(exact, *map_token(token, Tensor.double), seen(rows, counts), backend="reference")
     honest = step(plain, *token, seen(rows, counts), backend="reference")
-    found = step(own, *token, seen(rows, counts), backend="cpu")
+    with instruction_set(isa):
+        found = step(own, *token, seen(rows, counts), backend="cpu")
     for e, p, o in zip(truth, honest, found, strict=True):
-        assert relative_error(o, p.double()) < 0.4 * relative_error(p, e)
+        shares = [relative_error(o[i], p[i].double()) / relative_error(p[i], e[i]) for i in range(32)]
+        assert median(shares) < 0.4
 
 
 @needs_cpu

@@ -208,11 +208,13 @@ def test_a_trial_keeps_gradients_where_there_is_accumulation(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_a_real_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = run(tmp_path, method="rollback", checkpoint_blocks=True, global_batch_size=1)
+    # Of this process, which a trial's has nothing of.
+    much = torch.ones(2**28)
     cost = try_out(given, Choice(1, "rollback", True), given.seq_length)
     assert cost is not None
     assert cost.seconds > 0
     # torch alone takes more than a hundred megabytes.
-    assert 100 * MEGABYTE < cost.peak < 2000 * MEGABYTE
+    assert 100 * MEGABYTE < cost.peak < much.nbytes
     assert fit(given) == 0
     shown = capsys.readouterr().out
     assert "training.accum_steps=1 training.method=rollback training.checkpoint_blocks=true" in shown

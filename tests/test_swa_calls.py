@@ -11,6 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
 from ttt_kernels import sliding_window_attention, sliding_window_attention_jvp
+from ttt_kernels.matmul import has_native
 from ttt_kernels.swa import operator
 
 KERNELS = tuple(name for name in BACKENDS if name != "reference")
@@ -54,7 +55,10 @@ def test_opcheck_in_16_bits(backend: str, keep_rest: bool) -> None:
     opcheck(torch.ops.ttt_kernels.swa_double_backward.default, (*inputs, *backward, [True] * 4, backend))
     opcheck(torch.ops.ttt_kernels.swa_jvp.default, (*inputs, LENGTHS, None, *inputs, 4, 0.7, 0, backend))
     wide = operator.forward(*(t.double() for t in inputs), *given[3:], *params, backend="reference")[0]
-    if keep_rest:
+    if backend == "reference" and has_native(torch.bfloat16):
+        # Their products have 16 bits, and nothing is lost after that.
+        assert not o_rest.any()
+    elif keep_rest:
         # The formulas round P for its product with V.
         share = 0.8 if backend == "reference" else 0.01
         assert relative_error(o.double() + o_rest, wide) < share * relative_error(o, wide)

@@ -35,7 +35,8 @@ def operand(t: Tensor) -> Tensor:
 def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """a @ b for matrices or batches of them, accumulated in float32 (float64), in `out_dtype` or a's dtype.
 
-    b may have another dtype (a float32 weight beside bfloat16 activations): it is rounded to a's.
+    b may have another dtype (a float32 weight beside bfloat16 activations): it is rounded to a's. Where products of
+    a's dtype are native, they are rounded to it whatever `out_dtype` is.
     """
     out_dtype = out_dtype or a.dtype
     return torch.matmul(operand(a), operand(b.to(a.dtype))).to(out_dtype)

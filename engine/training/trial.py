@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import re
-import resource
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -16,7 +15,7 @@ from typing import cast
 import torch
 
 from engine.config import DTYPES, TTTConfig
-from engine.device import peak_allocated
+from engine.device import peak_allocated, resident_bytes
 from engine.loss import Method
 from engine.model import INIT_STD, TTTModel
 from engine.training.optimizer import clip_, make_optimizer
@@ -128,5 +127,4 @@ def _now(device: torch.device) -> float:
 def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return peak_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resident_bytes("VmHWM")
