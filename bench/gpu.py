@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(measurements: Sequence[Measurement], settings: Settings, store: Store, deadline: float) -> None:
     """Does what the store does not have yet, the most important first."""
-    groups = in_order([m for m in measurements if not store.measured(m.key)])
+    groups = in_order([m for m in measurements if not done(m, store)])
     side_by_side = [g for g in groups if g[0].parallel]
     run_side_by_side(side_by_side, settings, deadline, store.put)
     for group in groups:
@@ -154,6 +154,18 @@ def measure(measurements: Sequence[Measurement], settings: Settings, store: Stor
             else:
                 store.put(m.key, {"status": "refused", "reason": reason})
         run_group(wanted, settings, deadline, store.put)
+
+
+def done(m: Measurement, store: Store) -> bool:
+    """Whether it need not be made again; kernels are compiled again where Triton does not have them any more."""
+    return store.measured(m.key) and (not m.task.startswith("compile") or has_compiled())
+
+
+def has_compiled() -> bool:
+    """Whether Triton's cache is there."""
+    from triton import knobs
+
+    return Path(knobs.cache.dir).is_dir()
 
 
 def refusal(m: Measurement, measurements: Sequence[Measurement], store: Store) -> str | None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,8 +24,9 @@ from bench.output import progress
 CHILD = str(Path(__file__).with_name("gpu_child.py"))
 GRACE = 10.0
 """Seconds after the deadline in which a measurement that was begun may still end."""
-TOO_LONG = 4.0
-"""A measurement that takes so many times as long as was thought, and then a minute, hangs."""
+TOO_LONG, MORE, MORE_SIDE_BY_SIDE = 4.0, 60.0, 150.0
+"""A measurement that takes so many times as long as was thought, and then so many seconds, hangs: more of them where
+kernels are compiled, as many at once as there are processors."""
 MOST_PROCESSES = 12
 
 Put = Callable[[str, dict[str, Any]], None]
@@ -41,7 +43,8 @@ def run_side_by_side(
         tempfile.TemporaryDirectory() as choices,
         ThreadPoolExecutor(max(1, min(MOST_PROCESSES, cores - 1))) as pool,
     ):
-        environment = {"TTT_KERNELS_CACHE": choices}
+        # Processes that had as many threads each as there are processors would wait for one another.
+        environment = {"TTT_KERNELS_CACHE": choices, "OMP_NUM_THREADS": "1"}
         try:
             futures = [pool.submit(run_group, g, settings, deadline, put, environment, stop) for g in groups]
             for done in futures:
@@ -103,15 +106,26 @@ def _run(
             pass
         done, begun, reason = _listen(process, group, deadline, put, stop)
     finally:
-        process.kill()
-        process.wait()
+        end(process)
     left = [m for m in group if m.key not in done]
     if not left or stop.is_set():
         return []
-    # Without a word that it was begun, the first one is what the process did not get to.
-    lost = next((m for m in left if m.key == begun), left[0])
+    lost = next((m for m in left if m.key == begun), None)
+    if lost is None and done:
+        # It ended between two of them, by itself.
+        return left
+    # Without a word that any was begun, the first one is what the process did not get to.
+    lost = lost or left[0]
     put(lost.key, {"status": "failed", "reason": reason or _ended(process.returncode)})
     return [m for m in left if m is not lost]
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Ends a process with all that it has started, and waits for it."""
+    with suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.wait()
 
 
 def _listen(
@@ -125,7 +139,7 @@ def _listen(
     assert process.stdout is not None
     lines: queue.Queue[str | None] = queue.Queue()
     threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
-    limits = {m.key: 60.0 + TOO_LONG * m.seconds for m in group}
+    limits = {m.key: TOO_LONG * m.seconds + (MORE_SIDE_BY_SIDE if m.parallel else MORE) for m in group}
     done: set[str] = set()
     begun = None
     until = time.time() + max(limits.values())
@@ -154,7 +168,9 @@ def _listen(
 
 def _read(pipe: TextIO, lines: queue.Queue[str | None]) -> None:
     for line in pipe:
-        lines.put(line)
+        # A process that is killed may leave half a line.
+        if line.endswith("\n"):
+            lines.put(line)
     lines.put(None)
 
 

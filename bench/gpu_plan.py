@@ -9,6 +9,7 @@ from typing import Any
 from bench.flops import prefill_flops_per_token, training_flops_per_token
 from bench.gpu_cases import names
 from bench.gpu_checks import CHECKED_DTYPES, golden_files
+from bench.gpu_prefill import PASSES
 from bench.table import tokens as in_words
 from engine import TTTConfig
 from ttt_kernels.registry import OPERATORS, Operator
@@ -127,6 +128,10 @@ class _Plan:
         """Not checks: the same kernels at the models' shapes, called once so that many processors compile them."""
         seen = set()
         for preset in _ordered(self._s.presets, PREFILL_FIRST):
+            yield Measurement(
+                key("kernels", "of a model", preset), "checks", "compile models", {"preset": preset},
+                f"kernels of a model {preset}", CHECK_SECONDS, parallel=True,
+            )  # fmt: skip
             for name in names():
                 variant = (name, preset)
                 if name.startswith("swa"):
@@ -175,7 +180,9 @@ class _Plan:
         seconds = prefill_flops_per_token(TTTConfig.preset(preset), length) * length / self._rate
         arguments = {"preset": preset, "length": length}
         name = key("prefill", preset, length, "long text")
-        return Measurement(name, "prefill", "long text", arguments, preset, 4.0 + 2 * seconds, None)
+        return Measurement(
+            name, "prefill", "long text", arguments, preset, 4.0 + (PASSES + 1) * seconds, None
+        )
 
     def train(self, presets: Sequence[str]) -> Iterator[Measurement]:
         # The shortest and the longest first: they have bars.

@@ -96,7 +96,7 @@ def _sections(store: Store, everything: Sequence[Measurement]) -> list[str]:
     for title, stage, header, make in tables:
         rows: list[Sequence[str]] = []
         for m in everything:
-            if m.stage != stage or m.task == "compile":
+            if m.stage != stage or m.task.startswith("compile"):
                 continue
             result = store.results.get(m.key, {"status": "skipped", "reason": "not asked for yet"})
             if result["status"] == "measured":
@@ -174,7 +174,8 @@ def _train_rows(
     if result["micro_batches_measured"] < result["micro_batches"]:
         note += f", {result['micro_batches_measured']} of them measured"
     if "attention" in result:
-        note += f"; {result['attention']}, {result['style']}, computed again: {result['recompute']}"
+        note += f"; {result['attention']}, {result['style']}"
+    note += f"; computed again: {result['recompute']}"
     return [
         (
             name, f"{result['seconds']:.3f}", f"{result['tokens_per_s']:,.0f}", *_rate(result, ceilings),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from bench import train_child
 from bench.flops import training_flops_per_token
 from bench.gpu_context import Context, Wrong, random_model, random_tokens
+from bench.gpu_prefill import reading_error
 from bench.gpu_transformer import Transformer, fastest_attention
 from bench.memory import PeakMemory, parameter_bytes, release_memory
 from bench.timing import timed
@@ -23,6 +25,9 @@ from engine.device import available_bytes
 SHARE_OF_MEMORY = 0.7
 MOST_SECONDS = 12.0
 """After so many no further micro-batch is begun; the batch's time is then counted from those that were measured."""
+
+ENOUGH = 4
+"""Sequences at a time that have products large enough: rather than fewer, more is computed again."""
 
 LARGE = 2e9
 """Parameters of a model whose gradients are checked with one sequence."""
@@ -37,19 +42,30 @@ WarmUp = Callable[[Tensor], object]
 
 
 def ttt(context: Context, preset: str, length: int, tokens_per_batch: int) -> dict[str, Any]:
-    """A step of TTT-E2E by the engine's default method, the blocks before the fast ones computed again."""
+    """A step of TTT-E2E by the engine's default method: of the blocks before the fast ones nothing computed again where
+    ENOUGH sequences fit, else all.
+    """
     config = TTTConfig.preset(preset, compute_dtype=context.dtype)
-    check = checked(context, config, engine_loss)
+    check = checked(context, config, engine_loss, partial(engine_loss, recompute=False))
     model = context.model(config, _stored(config))
-    loss = engine_loss(model)
+    enough = min(ENOUGH, max(1, tokens_per_batch // length))
 
-    def warm_up(part: Tensor) -> None:
-        # As long as the engine needs to record its graphs: until a mini-batch sees a whole window.
-        own, window = config.mini_batch_size, config.window or 0
-        short = (-(-window // own) + 2) * own + 1
-        _backward(loss, part[:, :short])
+    def measure(recompute: bool) -> dict[str, Any]:
+        loss = engine_loss(model, recompute=recompute)
 
-    found = step(context, model, loss, length, tokens_per_batch, ttt_bytes(config, length), warm_up)
+        def warm_up(part: Tensor) -> None:
+            # As long as the engine needs to record its graphs: until a mini-batch sees a whole window.
+            own, window = config.mini_batch_size, config.window or 0
+            short = (-(-window // own) + 2) * own + 1
+            _backward(loss, part[:, :short])
+
+        needed, least = ttt_bytes(config, length, recompute=recompute), 1 if recompute else enough
+        found = step(context, model, loss, length, tokens_per_batch, needed, warm_up, least)
+        return found | {
+            "recompute": "all before fast weights" if recompute else "nothing before fast weights"
+        }
+
+    found = sparing(context, model, enough * ttt_bytes(config, length, recompute=False), measure)
     return found | {"check": check, "flops": training_flops_per_token(config, length) * found["tokens"]}
 
 
@@ -63,14 +79,11 @@ def full_attention(
         attention = fastest_attention(model, 1, min(length, model.config.mini_batch_size), learns=True)
         return lambda tokens: Transformer(model, attention).loss(tokens, recompute=recompute)
 
-    check = checked(context, config, loss)
+    check = checked(context, config, loss, partial(loss, recompute=False))
     model = context.model(config, _stored(config))
     attention = fastest_attention(model, 1, length, learns=True)
-    release_memory(context.device)
-    recompute = full_attention_bytes(config, length, recompute=False) > SHARE_OF_MEMORY * _free(
-        context, model
-    )
-    while True:
+
+    def measure(recompute: bool) -> dict[str, Any]:
         transformer = Transformer(model, attention, style)
         needed = full_attention_bytes(config, length, recompute=recompute)
         by = partial(transformer.loss, recompute=recompute)
@@ -80,21 +93,45 @@ def full_attention(
             warm_up: WarmUp = partial(_backward, partial(by, blocks=1))
         else:
             warm_up = partial(_same, by, by_kernels)
-        try:
-            found = step(context, model, by, length, tokens_per_batch, needed, warm_up)
-            break
-        except torch.OutOfMemoryError:
-            if recompute:
-                raise
-            recompute = True
+        found = step(context, model, by, length, tokens_per_batch, needed, warm_up)
+        return found | {"recompute": "all but attention" if recompute else "nothing"}
+
+    found = sparing(context, model, full_attention_bytes(config, length, recompute=False), measure)
     return found | {
         "check": check,
         "flops": training_flops_per_token(config, length) * found["tokens"],
         "attention": attention.name,
         "attention_seconds": attention.seconds,
         "style": style,
-        "recompute": "all but attention" if recompute else "nothing",
     }
+
+
+def compile_models(context: Context, preset: str) -> dict[str, Any]:
+    """Reads and learns by a model as wide as the preset's but of few blocks, for kernels that calls of single operators
+    do not compile: each leaves out other arguments and results.
+    """
+    config = TTTConfig.preset(preset, compute_dtype=context.dtype)
+    size = config.mini_batch_size
+    # Keys of earlier tokens grow to a window's worth, one less than a multiple of a tile.
+    config = replace(config, num_layers=3, suffix_layers=2, window=2 * size)
+    reading_error(context, random_model(config, context.torch_dtype, context.device))
+    ways = engine_loss, partial(engine_loss, recompute=False)
+    gradient_error(context, config, *ways)
+    model = random_model(config, _stored(config), context.device)
+    for way in ways:
+        _backward(way(model), random_tokens(config, 1, 4 * size + 1, context.device))
+    return {}
+
+
+def sparing(
+    context: Context, model: TTTModel, needed: float, measure: Callable[[bool], dict[str, Any]]
+) -> dict[str, Any]:
+    """What is measured with nothing computed again where `needed` bytes are free and prove enough; else with."""
+    release_memory(context.device)
+    if needed <= SHARE_OF_MEMORY * _free(context, model):
+        with suppress(torch.OutOfMemoryError):
+            return measure(False)
+    return measure(True)
 
 
 def step(
@@ -105,8 +142,12 @@ def step(
     tokens_per_batch: int,
     sequence_bytes: float,
     warm_up: WarmUp,
+    least: int = 1,
 ) -> dict[str, Any]:
-    """Seconds of a batch by accumulation of micro-batches, as many sequences each as fit by `sequence_bytes`."""
+    """Seconds of a batch by accumulation of micro-batches, as many sequences each as fit by `sequence_bytes`.
+
+    Raises torch.OutOfMemoryError where not even `least` of them do.
+    """
     device = context.device
     sequences = max(1, tokens_per_batch // length)
     tokens = random_tokens(model.config, sequences, length + 1, device)
@@ -121,7 +162,7 @@ def step(
             times, peak = _accumulate(model, loss, tokens, size, device, warm_up)
             break
         except torch.OutOfMemoryError:
-            if size == 1:
+            if size <= least:
                 raise
         # Not before the error is gone, whose traceback holds what did not fit.
         size = next(n for n in range(size - 1, 0, -1) if sequences % n == 0)
@@ -198,16 +239,20 @@ def reserve_memory(device: torch.device) -> None:
         torch.empty(int(SHARE_OF_MEMORY * available_bytes(device)), dtype=torch.uint8, device=device)
 
 
-def engine_loss(model: TTTModel) -> Loss:
-    """The engine's own, with its defaults."""
-    return lambda tokens: model.loss(tokens).loss
+def engine_loss(model: TTTModel, *, recompute: bool = True) -> Loss:
+    """The engine's own by its default method; `recompute`: the blocks before the fast ones keep their inputs alone."""
+    return lambda tokens: model.loss(tokens, checkpoint_blocks=recompute).loss
 
 
-def ttt_bytes(config: TTTConfig, length: int) -> float:
-    """About what a sequence's step holds: vectors and factors of every token, and its own fast weights."""
+def ttt_bytes(config: TTTConfig, length: int, *, recompute: bool) -> float:
+    """About what a sequence's step holds: vectors and factors of every token, and its own fast weights; and all results
+    of the blocks before the fast ones, where these are not computed again.
+    """
     d, i, fast = config.hidden_size, config.intermediate_size, config.suffix_layers
-    vectors = (config.num_layers + fast + 3) * d + fast * (2 * d + 3 * i)
-    return 1.3 * length * vectors * config.torch_dtype.itemsize + 20 * fast * 3 * d * i
+    vectors = 1.3 * ((config.num_layers + fast + 3) * d + fast * (2 * d + 3 * i))
+    if not recompute:
+        vectors += config.prefix_layers * (16 * d + 2 * i)
+    return length * vectors * config.torch_dtype.itemsize + 20 * fast * 3 * d * i
 
 
 def full_attention_bytes(config: TTTConfig, length: int, *, recompute: bool) -> float:
@@ -218,14 +263,14 @@ def full_attention_bytes(config: TTTConfig, length: int, *, recompute: bool) -> 
     return length * (config.num_layers * a_block + one_block + 6 * d) * config.torch_dtype.itemsize
 
 
-def checked(context: Context, config: TTTConfig, loss: Callable[[TTTModel], Loss]) -> dict[str, float]:
-    """How far a short problem's gradients are from those in float64; once for each model.
+def checked(context: Context, config: TTTConfig, *losses: Callable[[TTTModel], Loss]) -> dict[str, float]:
+    """How far a short problem's gradients, by any of some ways, are from those in float64; once for each model.
 
     Raises Wrong where that is too far.
     """
     key = ("gradient", replace(config, rope_theta=1.0))
     if key not in context.checked:
-        found = gradient_error(context, config, loss)
+        found = gradient_error(context, config, *losses)
         if not found["green"]:
             raise Wrong(
                 f"gradients are off by {found['error']} from those in float64, at most {found['tolerance']}"
@@ -235,8 +280,13 @@ def checked(context: Context, config: TTTConfig, loss: Callable[[TTTModel], Loss
     return context.checked[key]
 
 
-def gradient_error(context: Context, config: TTTConfig, loss: Callable[[TTTModel], Loss]) -> dict[str, Any]:
-    """As `bench/train.py` checks gradients, on models made on the device."""
+def gradient_error(
+    context: Context, config: TTTConfig, *losses: Callable[[TTTModel], Loss]
+) -> dict[str, Any]:
+    """As `bench/train.py` checks gradients, on models made on the device: of two runs of each loss the worst.
+
+    In a second run the engine replays what it has recorded in the first.
+    """
     few = train_child.short(config)
     model = random_model(few, _stored(few), context.device)
     with torch.no_grad():
@@ -248,9 +298,14 @@ def gradient_error(context: Context, config: TTTConfig, loss: Callable[[TTTModel
     batch = 1 if model.num_parameters > LARGE else train_child.CHECK_BATCH
     shape = (batch, train_child.CHECK_STEPS * few.mini_batch_size + 1)
     tokens = random_tokens(few, *shape, context.device)
-    loss(model)(tokens).backward()
     exact.loss(tokens, backend="reference", method="graph", checkpoint_blocks=False).loss.backward()
-    return train_child.compared(model, exact, few.compute_dtype)
+    found = []
+    for loss in [by(model) for by in losses for _ in range(2)]:
+        model.zero_grad()
+        loss(tokens).backward()
+        found.append(train_child.compared(model, exact, few.compute_dtype))
+    # An error of None is no number.
+    return max(found, key=lambda run: math.inf if run["error"] is None else run["error"])
 
 
 def _stored(config: TTTConfig) -> torch.dtype:

@@ -46,8 +46,8 @@ from engine import config as configs
 from engine.golden import carried_cases, load_golden
 from engine.ops import Ops
 from engine.prefill import Reader
+from engine.recordings import Recordings
 from engine.training import trial
-from engine.workspace import Workspace
 from ttt_kernels import tuning
 from ttt_kernels.registry import OPERATORS
 
@@ -236,8 +236,24 @@ def test_results_of_other_sources_are_put_aside(tmp_path: Path) -> None:
         store.put("ceilings", {"status": "measured"})
 
 
+def test_kernels_are_compiled_again_where_the_cache_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results may have come from another machine like this one."""
+    pytest.importorskip("triton")
+    store = gpu_store.Store(tmp_path, {}, {})
+    compiled, check = (Measurement(k, "checks", k, {}, "group", 0.0) for k in ("compile", "operator check"))
+    assert not gpu.done(check, store)
+    for m in (compiled, check):
+        store.put(m.key, {"status": "measured"})
+    for folder, there in ((tmp_path, True), (tmp_path / "missing", False)):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+        assert gpu.done(check, store)
+        assert gpu.done(compiled, store) is there
+
+
 CHILD = """
-import json, os, signal, sys, time
+import json, os, signal, subprocess, sys, time
 for m in json.load(sys.stdin)["measurements"]:
     print(json.dumps({"key": m["key"], "status": "begun"}), flush=True)
     if m["key"] == "crashes":
@@ -246,7 +262,16 @@ for m in json.load(sys.stdin)["measurements"]:
         time.sleep(600)
     if m["key"] == "leaves":
         sys.exit(3)
+    if m["key"] == "starts another":
+        other = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL)
+        print(json.dumps({"key": "other", "status": "measured", "pid": other.pid}), flush=True)
+        time.sleep(600)
+    if m["key"] == "leaves a line half written":
+        print('{"key": "le', end="", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
     print(json.dumps({"key": m["key"], "status": "measured", "pid": os.getpid()}), flush=True)
+    if m["key"] == "ends it all":
+        sys.exit(0)
 """
 
 
@@ -272,6 +297,106 @@ def test_a_process_takes_one_measurement_with_it_not_those_after_it() -> None:
     assert found["leaves"] == {"status": "failed", "reason": "the process ended with status 3"}
     assert [found[k]["status"] for k in ("first", "second", "third")] == ["measured"] * 3
     assert len({found[k]["pid"] for k in ("first", "second", "third")}) == 3
+
+
+@pytest.mark.usefixtures("child")
+def test_half_a_line_is_no_result() -> None:
+    found: dict[str, dict[str, Any]] = {}
+    keys = ("leaves a line half written", "second")
+    gpu_jobs.run_group(group_of(*keys), Settings(device="cpu"), time.time() + 60, found.__setitem__)
+    assert "SIGKILL" in found[keys[0]]["reason"]
+    assert found["second"]["status"] == "measured"
+
+
+@pytest.mark.usefixtures("child")
+def test_a_process_that_ends_between_measurements_takes_none_with_it() -> None:
+    """As it does where the device is of no use to it any more."""
+    found: dict[str, dict[str, Any]] = {}
+    keys = ("first", "ends it all", "second", "third")
+    gpu_jobs.run_group(group_of(*keys), Settings(device="cpu"), time.time() + 60, found.__setitem__)
+    assert [found[k]["status"] for k in keys] == ["measured"] * 4
+    assert (
+        found["first"]["pid"]
+        == found["ends it all"]["pid"]
+        != found["second"]["pid"]
+        == found["third"]["pid"]
+    )
+
+
+@pytest.mark.usefixtures("child")
+def test_what_takes_too_long_is_ended_with_all_that_it_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_jobs, "MORE", 2.0)
+    found: dict[str, dict[str, Any]] = {}
+    keys = ("starts another", "second")
+    gpu_jobs.run_group(group_of(*keys), Settings(device="cpu"), time.time() + 60, found.__setitem__)
+    assert found["starts another"]["reason"] == "it did not end"
+    assert found["second"]["status"] == "measured"
+    assert not runs(found["other"]["pid"])
+
+
+def runs(pid: int, within: float = 20.0) -> bool:
+    """Whether a process has not ended so many seconds from now; what nobody has waited for has ended too."""
+    status = Path(f"/proc/{pid}/stat")
+    end = time.monotonic() + within
+    while time.monotonic() < end:
+        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def test_a_process_ends_with_the_one_that_started_it() -> None:
+    """Even in a kernel that never ends, and even where nothing could be told to it."""
+    child = "import os, time; from bench.gpu_child import end_with; from threading import Thread; "
+    child += "Thread(target=end_with, args=(os.getppid(),), daemon=True).start(); "
+    child += "print(os.getpid(), flush=True); time.sleep(600)"
+    parent = "import subprocess, sys; "
+    parent += f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE); "
+    parent += "print(int(child.stdout.readline()))"
+    done = subprocess.run(
+        [sys.executable, "-c", parent], cwd=gpu_store.CHECKOUT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert not runs(int(done.stdout))
+
+
+def test_whatever_goes_wrong_is_told_and_where() -> None:
+    class OutOfResources(Exception):
+        """As Triton's, which is no RuntimeError."""
+
+    def breaks(context: Context) -> dict[str, Any]:
+        raise OutOfResources("too many\n registers")
+
+    found: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(gpu_child.TASKS, "breaks", breaks)
+        gpu_child.tell_of(Context(CPU, "float32"), "a", "breaks", {}, lambda **told: found.update(told))
+    assert (found["status"], found["reason"]) == ("failed", "OutOfResources: too many registers")
+    assert any("in breaks" in line for line in found["traceback"])
+
+
+def test_a_device_that_refuses_everything_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """After the first failure, so that those after it are done by another process."""
+    script = tmp_path / "child.py"
+    lines = (
+        f"import sys; sys.path.insert(0, {str(gpu_store.CHECKOUT)!r})",
+        "from bench import gpu_child",
+        "lost = []",
+        "def synchronize(*_):",
+        "    if lost: raise RuntimeError('CUDA error: an illegal memory access was encountered')",
+        "gpu_child.synchronize = synchronize",
+        "def breaks(context): lost.append(True), synchronize()",
+        "def works(context): return synchronize() or {}",
+        "gpu_child.TASKS |= {'breaks': breaks, 'works': works}",
+        "gpu_child.main()",
+    )
+    script.write_text("\n".join(lines))
+    monkeypatch.setattr(gpu_jobs, "CHILD", str(script))
+    found: dict[str, dict[str, Any]] = {}
+    tasks = {"first": "works", "second": "breaks", "third": "works"}
+    group = [Measurement(key, "prefill", task, {}, "group", 0.0) for key, task in tasks.items()]
+    gpu_jobs.run_group(group, Settings(device="cpu"), time.time() + 300, found.__setitem__)
+    assert [found[key]["status"] for key in tasks] == ["measured", "failed", "measured"]
+    assert "illegal memory access" in found["second"]["reason"]
 
 
 @pytest.mark.usefixtures("child")
@@ -560,7 +685,7 @@ def test_what_is_replayed_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> Non
     kinds: set[Any] = set()
     wrong = [""]
 
-    def run(self: Workspace, lane: Any, key: tuple[Any, ...], work: Callable[[], None]) -> None:
+    def run(self: Recordings, lane: Any, key: tuple[Any, ...], work: Callable[[], None]) -> None:
         work()
         if key in self._replays and key[0] == wrong[0]:
             self.nll += 1e-3
@@ -581,7 +706,7 @@ def recorded_by(monkeypatch: pytest.MonkeyPatch, run: Callable[..., None]) -> No
     monkeypatch.setattr(graphs, "available", lambda device: True)
     monkeypatch.setattr(graphs, "lanes", lambda device: graphs.Lanes(lane, lane))
     monkeypatch.setattr(Ops, "recordable", property(lambda ops: "reference" not in ops.backends))
-    monkeypatch.setattr(Workspace, "run", run)
+    monkeypatch.setattr(Recordings, "run", run)
 
 
 def test_nothing_is_recorded_while_a_long_text_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -599,7 +724,7 @@ def test_nothing_is_recorded_while_a_long_text_is_timed(monkeypatch: pytest.Monk
     recorded: set[Any] = set()
     late: list[Any] = []
 
-    def run(self: Workspace, lane: Any, key: tuple[Any, ...], work: Callable[[], None]) -> None:
+    def run(self: Recordings, lane: Any, key: tuple[Any, ...], work: Callable[[], None]) -> None:
         if key not in recorded and part:
             late.append((len(part), key))
         recorded.add(key)
@@ -611,9 +736,55 @@ def test_nothing_is_recorded_while_a_long_text_is_timed(monkeypatch: pytest.Monk
     recorded_by(monkeypatch, run)
     monkeypatch.setattr(gpu_prefill, "timed", told)
     gpu_prefill.long_text(Context(CPU, "float32"), "narrow", 2**20)
-    assert len(part) == gpu_prefill.PARTS
+    assert len(part) == gpu_prefill.PASSES * gpu_prefill.PARTS
     assert {key[0] for key in recorded} == {"prefix", "step", "look"}
     assert late == []
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_interruption_of_a_long_text_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(configs._PRESETS, "small", SMALL)
+    calls: list[float] = []
+
+    def told(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+        calls.append(100.0 if len(calls) in (3, gpu_prefill.PARTS + 62) else 1.0)
+        return work(), calls[-1]
+
+    monkeypatch.setattr(gpu_prefill, "timed", told)
+    found = gpu_prefill.long_text(Context(CPU, "float32"), "small", 1024)
+    assert max(calls) == 100.0
+    assert found["seconds_by_part"] == [1.0] * gpu_prefill.PARTS
+    assert found["late_over_early"] == 1.0
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("can", [True, False])
+def test_full_attention_is_replayed_where_the_engine_is(can: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timed without launches; with them where it cannot be recorded."""
+    monkeypatch.setitem(configs._PRESETS, "small", SMALL)
+    recorded_by(monkeypatch, lambda *_: None)
+    done: list[str] = []
+
+    def record(work: Callable[[], None]) -> Callable[[], None]:
+        if not can:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        work()
+        return lambda: done.append("replayed")
+
+    lane = graphs.lanes(CPU).main
+    lane.record = record  # type: ignore[method-assign]
+    usual = Transformer.logits
+
+    def logits(self: Transformer, tokens: torch.Tensor, weights: Any) -> torch.Tensor:
+        if tokens.shape[1] == 64:
+            done.append("launched")
+        return usual(self, tokens, weights)
+
+    monkeypatch.setattr(Transformer, "logits", logits)
+    found = gpu_prefill.full_attention(Context(CPU, "float32"), "small", 64)
+    runs = len(found["runs"])
+    # The warm-up, and the recording.
+    assert done == (["launched"] * 2 + ["replayed"] * runs if can else ["launched"] * (1 + runs))
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -621,7 +792,7 @@ def test_nothing_is_recorded_while_reading_is_timed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(configs._PRESETS, "small", SMALL)
     timing, late = [False], []
 
-    def run(self: Workspace, lane: Any, key: tuple[Any, ...], work: Callable[[], None]) -> None:
+    def run(self: Recordings, lane: Any, key: tuple[Any, ...], work: Callable[[], None]) -> None:
         if key not in self._replays and timing[0]:
             late.append(key)
         self._replays[key] = work
@@ -666,6 +837,97 @@ def test_a_batch_is_accumulated_of_what_fits() -> None:
         found = step(context, model, engine_loss(model), 32, 128, needed, lambda part: None)
         assert (found["micro_batch"], found["micro_batches"]) == (size, 4 // size)
         assert found["tokens"] == 128
+
+
+@pytest.mark.parametrize(("kind", "enough"), [("ttt", 4), ("full_attention", 1)])
+@pytest.mark.parametrize(
+    ("room", "fails", "expected"),
+    [(1.01, False, {False}), (0.99, False, {True}), (1.01, True, {False, True})],
+)
+def test_nothing_is_computed_again_where_enough_sequences_fit(
+    kind: str, enough: int, room: float, fails: bool, expected: set[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as make large products; where it does not fit, or proves not to, what is spared is computed again."""
+    monkeypatch.setitem(configs._PRESETS, "small", SMALL)
+    monkeypatch.setattr(gpu_train, "checked", lambda *_: {})
+    tried: list[tuple[bool, int]] = []
+    usual, loss = TTTModel.loss, Transformer.loss
+
+    def own(self: TTTModel, tokens: torch.Tensor, *, checkpoint_blocks: bool) -> Any:
+        tried.append((checkpoint_blocks, len(tokens)))
+        if fails and not checkpoint_blocks:
+            raise torch.OutOfMemoryError
+        return usual(self, tokens, checkpoint_blocks=checkpoint_blocks)
+
+    def other(self: Transformer, tokens: torch.Tensor, *, recompute: bool, **more: Any) -> torch.Tensor:
+        tried.append((recompute, len(tokens)))
+        if fails and not recompute:
+            raise torch.OutOfMemoryError
+        return loss(self, tokens, recompute=recompute, **more)
+
+    monkeypatch.setattr(TTTModel, "loss", own)
+    monkeypatch.setattr(Transformer, "loss", other)
+    config = TTTConfig.preset("small", compute_dtype="float32")
+    of_one = gpu_train.ttt_bytes(config, 32, recompute=False)
+    if kind == "full_attention":
+        of_one = gpu_train.full_attention_bytes(config.as_full_attention(32), 32, recompute=False)
+    free = room * enough * of_one / gpu_train.SHARE_OF_MEMORY
+    monkeypatch.setattr(gpu_train, "_free", lambda *_: free)
+    found = getattr(gpu_train, kind)(Context(CPU, "float32"), "small", 32, 8 * 32)
+    assert {again for again, _ in tried} == expected
+    assert found["recompute"].startswith("all" if True in expected else "nothing")
+    assert all(rows >= enough for again, rows in tried if not again)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_every_kernel_of_a_model_is_compiled_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a call's arguments those that are missing, and what is wanted, are compiled in."""
+    monkeypatch.setitem(
+        configs._PRESETS, "small", SMALL | {"num_layers": 4, "suffix_layers": 2, "window": 32}
+    )
+    calls: set[Any] = set()
+
+    def known(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.dtype, value.dim(), value.shape[1] % 16 if value.dim() == 4 else None
+        if isinstance(value, list | tuple):
+            return tuple(map(known, value))
+        return value if isinstance(value, bool) else type(value)
+
+    for name, op in OPERATORS.items():
+        for order, kernel in op.kernels["cpu"].items():
+
+            def told(*given: Any, what: Any = (name, order), kernel: Any = kernel) -> Any:
+                calls.add((what, *map(known, given)))
+                return kernel(*given)
+
+            monkeypatch.setitem(op.kernels["cpu"], order, told)
+    context = Context(CPU, "float32")
+    gpu_train.compile_models(context, "small")
+    compiled = set(calls)
+    calls.clear()
+    gpu_train.ttt(context, "small", 96, 192)
+    gpu_prefill.ttt(context, "small", 96)
+    assert len(calls) > len(OPERATORS)
+    assert calls <= compiled
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_gradients_of_replays_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recordings whose replay gives something else than what was recorded."""
+    wrong = False
+
+    def run(self: Any, lane: Any, key: tuple[Any, ...], work: Callable[[], None]) -> None:
+        work()
+        if wrong and key in self._replays and key[0] == "back":
+            self.d_x *= 1.1
+        self._replays[key] = work
+
+    recorded_by(monkeypatch, run)
+    assert gpu_train.checked(Context(CPU, "float32"), small(), engine_loss)["error"] < 1e-4
+    wrong = True
+    with pytest.raises(Wrong, match="gradients are off"):
+        gpu_train.checked(Context(CPU, "float32"), small(), engine_loss)
 
 
 def test_what_does_not_fit_is_gone_before_less_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
