@@ -139,22 +139,28 @@ def mlp_backward(
     dx: Tensor,
     *,
     of_input: bool,
-    of_weights: bool,
+    masters: Sequence[Tensor] | None = None,
     kept: list[Factors] | None = None,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Gradients of the branch's input and of its matrices, those that are wanted; `kept` takes the latter's factors."""
+    """Gradients of the branch's input, where wanted, and of its matrices, where `masters` are given.
+
+    These have the masters' dtype, to which products are not rounded to the matrices' first unless a graph is recorded.
+    `kept` takes their factors.
+    """
     dy = ops.norm_backward(dx, tape.y, w.post_norm, tape.post_rstd)
     arguments = (dy, tape.h, matrices, tape.gate, tape.up)
     grads: Sequence[Tensor | None]
-    if kept is None:
-        dh, *grads = ops.mlp_backward(*arguments, of_input=of_input, of_weights=of_weights)
+    if masters is None or torch.is_grad_enabled():
+        dh, *grads = ops.mlp_backward(*arguments, of_input=of_input, of_weights=masters is not None)
     else:
         dh, factors = ops.mlp_backward_factored(*arguments, of_input=of_input)
-        grads = ops.mlp_gradients(factors, matrices)
-        kept.append(factors)
+        grads = ops.mlp_gradients(factors, masters)
+        if kept is not None:
+            kept.append(factors)
     if dh is not None:
         dh = dx + ops.norm_backward(dh, tape.x, w.norm, tape.rstd)
-    return dh, [g for g in grads if g is not None]
+    given = [g for g in grads if g is not None]
+    return dh, [g.to(m.dtype) for g, m in zip(given, masters or (), strict=True)]
 
 
 class SuffixTape(NamedTuple):
@@ -204,6 +210,7 @@ def suffix_backward(
     ops: Ops,
     blocks: Sequence[BlockWeights],
     fast: Sequence[Sequence[Tensor]],
+    masters: Sequence[Sequence[Tensor]],
     tapes: Sequence[SuffixTape],
     dx: Tensor,
     window: int | None,
@@ -211,17 +218,25 @@ def suffix_backward(
 ) -> list[Tensor]:
     """Gradients of all fast matrices, block by block (gate, up, down), from that of the suffix's output.
 
-    `kept` takes what they are products of, last block first; only where no graph is built.
+    `fast` is what products read, `masters` what the gradients look like. `kept` takes what they are products of, last
+    block first; only where no graph is built.
     """
     grads: list[list[Tensor]] = []
     for index in reversed(range(len(blocks))):
         w, tape = blocks[index], tapes[index]
         assert w.fast is not None
-        through, _ = mlp_backward(ops, w.mlp, w.mlp.matrices, tape.mlp, dx, of_input=True, of_weights=False)
+        through, _ = mlp_backward(ops, w.mlp, w.mlp.matrices, tape.mlp, dx, of_input=True)
         assert through is not None
         # Below the first fast MLP there is nothing that the inner loop trains.
         below, block_grads = mlp_backward(
-            ops, w.fast, fast[index], tape.fast, through, of_input=index > 0, of_weights=True, kept=kept
+            ops,
+            w.fast,
+            fast[index],
+            tape.fast,
+            through,
+            of_input=index > 0,
+            masters=masters[index],
+            kept=kept,
         )
         grads.append(block_grads)
         if below is not None:

@@ -86,17 +86,22 @@ class RowCotangents:
 
 
 class Totals:
-    """Cotangents of slow weights, summed over the parts of a sequence in the dtypes that these are stored in."""
+    """Cotangents of slow weights, summed over the parts of a sequence in fp32 at least, in the dtypes stored."""
 
     def __init__(self, leaves: list[Tensor], dtypes: Sequence[torch.dtype]) -> None:
         self.leaves = leaves
-        self.found: list[Tensor | None] = [None] * len(leaves)
+        self._sums: list[Tensor | None] = [None] * len(leaves)
         self._dtypes = dtypes
+
+    @property
+    def found(self) -> list[Tensor | None]:
+        """One for every leaf, None being zero."""
+        return [None if t is None else t.to(d) for t, d in zip(self._sums, self._dtypes, strict=True)]
 
     def add(self, grads: Sequence[Tensor | None]) -> None:
         """Adds one for every leaf, None being zero; the first of each is kept and added to in place."""
         for i, grad in enumerate(grads):
             if grad is None:
                 continue
-            found = self.found[i]
-            self.found[i] = grad.to(self._dtypes[i]) if found is None else found.add_(grad)
+            found, wide = self._sums[i], torch.promote_types(self._dtypes[i], torch.float32)
+            self._sums[i] = grad.to(wide) if found is None else found.add_(grad)

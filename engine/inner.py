@@ -131,8 +131,9 @@ def inner_gradient(
     share = shares(targets, config, read.slope.dtype)
     d_hidden = (read.slope * share[..., None]).to(read.hidden.dtype)
     d_out = ops.norm_backward(d_hidden, read.out, weights.final_norm, read.rstd)
-    grads = suffix_backward(ops, weights.suffix, fast.copies, read.tapes, d_out, config.window, kept)
-    return [g.to(m.dtype) for g, m in zip(grads, flat(fast.masters), strict=True)]
+    return suffix_backward(
+        ops, weights.suffix, fast.copies, fast.masters, read.tapes, d_out, config.window, kept
+    )
 
 
 def inner_update(

@@ -217,11 +217,21 @@ class Ops:
         copy_dtype: torch.dtype | None,
     ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """The clipped step: new weights, the gradient's norm per sequence, and the copies that products read."""
-        # On the processor, wherever the weights are: no device has to be waited for.
-        rate = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
-        arguments = (list(weights), list(grads), rate, clip or None, copy_dtype)
+        arguments = (list(weights), list(grads), _rate(lr), clip or None, copy_dtype)
         new, norm, copies = clipped_sgd.forward(*arguments, backend=self._backend["clipped_sgd"])
         return list(new), norm, list(copies)
+
+    def update_backward(
+        self, d_weights: Sequence[Tensor], grads: Sequence[Tensor], lr: float | Tensor, clip: float
+    ) -> list[Tensor]:
+        """Cotangents of a clipped step's gradients, from those of its new weights; the old ones' are the same."""
+        d_norm = torch.zeros_like(grads[0][:, 0, 0])
+        # Of the old weights nothing is read.
+        d_grads = clipped_sgd.backward(
+            list(d_weights), d_norm, [], list(d_weights), list(grads), _rate(lr), clip or None, None,
+            needs=(False, True, False), backend=self._backend["clipped_sgd"],
+        )[1]  # fmt: skip
+        return list(d_grads)
 
     def update_(
         self,
@@ -234,3 +244,8 @@ class Ops:
         """`update` in place, which returns the norm (B,); builds no graph."""
         # It has more backends than the step that is differentiated.
         return update_(weights, grads, lr=lr, max_norm=clip or None, copies=copies, backend=self._asked)
+
+
+def _rate(lr: float | Tensor) -> Tensor:
+    """A learning rate on the processor, wherever the weights are, unless it is a tensor: no device is waited for."""
+    return lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")

@@ -22,7 +22,7 @@ from engine.profiling import stage
 from engine.rollback import Before
 from engine.step_back import Step, step_back
 from engine.sweep_space import space_for
-from engine.weights import Fast, mapped
+from engine.weights import Fast, mapped, tensors
 from ttt_kernels.clipped_sgd.reference import scale_of
 from ttt_kernels.swiglu.reference import Factors
 
@@ -50,13 +50,9 @@ class ReplaySweep:
         self._known_rows = past[0].shape[1]
         batch, length = x.shape[:2]
         # (2 S, B, n + T, H, D): keys and values of all tokens, those before x first.
-        self._rows = torch.cat(
-            (
-                torch.stack([t.detach() for t in past]),
-                x.new_empty(len(past), batch, length, *past[0].shape[2:]),
-            ),
-            2,
-        )
+        self._rows = x.new_empty(len(past), batch, self._known_rows + length, *past[0].shape[2:])
+        for mine, theirs in zip(self._rows, past, strict=True):
+            mine[:, : self._known_rows] = theirs.detach()
         self._space = space_for(loop.ops, loop.config, loop.weights, masters, x)
         self._stored = mapped(loop.weights, Tensor.detach)
         self._nll, self._slope, self._lse = (
@@ -110,7 +106,8 @@ class ReplaySweep:
                 d_x[:, part] = space.d_x
                 along = not self._loop.is_cut(index)
             before = space.d_rows[:, :, space.d_rows.shape[2] - self._known_rows :].clone()
-            totals = [t.clone() for t in space.totals]
+            kinds = [t.dtype for t in tensors(self._stored)]
+            totals = [t.to(kind, copy=True) for t, kind in zip(space.totals, kinds, strict=True)]
             first = [t.clone() if along else None for t in space.d_fast]
         return [d_x, *before.unbind(), *totals, *first]
 
@@ -174,12 +171,8 @@ class ReplaySweep:
     def _take_back(self, seen: int, along: bool) -> None:
         loop, space = self._loop, self._space
         ops, config, masters = loop.ops, loop.config, flat(space.fast.masters)
-        products = [
-            g
-            for block in zip(space.factors, space.fast.copies, strict=True)
-            for g in ops.mlp_gradients(*block)
-        ]
-        grads = [g.to(w.dtype) for g, w in zip(products, masters, strict=True)]
+        blocks = zip(space.factors, space.fast.masters, strict=True)
+        grads = [g for block in blocks for g in ops.mlp_gradients(*block)]
         for w, g in zip(masters, grads, strict=True):
             w.addcmul_(g, space.rate[:, None, None].to(w.dtype))
         size, own = space.rows.shape[2], config.mini_batch_size
@@ -194,19 +187,38 @@ class ReplaySweep:
         )  # fmt: skip
         space.d_x.copy_(found.x)
         for mine, d_fast in zip(space.d_fast, found.fast, strict=True):
-            assert d_fast is not None
-            mine.copy_(d_fast)
+            mine.add_(d_fast) if along else mine.copy_(d_fast)
         for mine, d_slow in zip(space.totals, found.slow, strict=True):
             if d_slow is not None:
                 mine.add_(d_slow)
         for mine, d_past in zip(space.d_rows.unbind(), found.past, strict=True):
-            mine[:, earlier] += d_past
-        # The mini-batch before ends where this one began.
-        space.d_rows[:, :, own:] = space.d_rows[:, :, : size - own].clone()
-        space.d_rows[:, :, :own] = 0
+            _step_on(mine, d_past, own)
 
     def _in_rows(self, part: slice) -> slice:
         return slice(part.start + self._known_rows, part.stop + self._known_rows)
+
+
+def _step_on(sums: Tensor, d_past: Tensor, own: int) -> None:
+    """From a mini-batch's cotangents of keys or values to those of the one before, which ends where this one began.
+
+    Args:
+        sums: (B, W - 1 + b, H, D), of this mini-batch's rows last.
+        d_past: (B, n, H, D), what is to be added to those of the n rows before.
+        own: b.
+
+    Rows further back than those n are left: they are zeros still where a mini-batch before sees as many rows, and
+    nobody reads them again where it sees fewer.
+    """
+    end = sums.shape[1]
+    first = end - d_past.shape[1]
+    # From the last to the first: rows come to where those have gone from that were there.
+    for stop in range(end, first, -own):
+        start = max(first, stop - own)
+        torch.add(
+            sums[:, start - own : stop - own],
+            d_past[:, start - first : stop - first],
+            out=sums[:, start:stop],
+        )
 
 
 class _Rows:

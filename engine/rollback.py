@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.config import TTTConfig
-from engine.inner import FastWeights, InnerStep, by_block, flat
+from engine.inner import InnerStep, by_block, flat
 from engine.ops import Ops
 from engine.weights import Fast
 from ttt_kernels.clipped_sgd.reference import scale_of
@@ -47,25 +47,19 @@ class Rollback:
         self._clip = clip
         self._steps: list[tuple[list[Factors], Tensor]] = []
         self._weights: Fast = ()
-        self._like: Fast = ()
 
-    def keep(self, before: FastWeights, step: InnerStep, factors: list[Factors]) -> None:
+    def keep(self, step: InnerStep, factors: list[Factors]) -> None:
         """Takes note of a step, from first to last; `factors` of its gradient, last block first."""
         rate = self._lr * scale_of(step.norm, self._clip or None)[0]
         self._steps.append((factors[::-1], rate))
         self._weights = step.fast.masters
-        if not self._like:
-            # Of what the products read only shapes and dtypes are needed.
-            self._like = by_block([t.to("meta") for t in flat(before.copies)])
 
     def before(self) -> Before:
         """What the last step of which this was not asked yet started from."""
         factors, rate = self._steps.pop()
         weights = flat(self._weights)
-        products = [
-            g for block in zip(factors, self._like, strict=True) for g in self._ops.mlp_gradients(*block)
-        ]
-        grads = [g.to(w.dtype) for g, w in zip(products, weights, strict=True)]
+        blocks = zip(factors, self._weights, strict=True)
+        grads = [g for block in blocks for g in self._ops.mlp_gradients(*block)]
         back = [
             torch.addcmul(w, g, rate[:, None, None].to(w.dtype)) for w, g in zip(weights, grads, strict=True)
         ]

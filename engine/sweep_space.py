@@ -34,7 +34,7 @@ class SweepSpace(Recordings):
         nll, slope, lse: (B, b), (B, b, d) and (B, b), the head's results. norm, rate: (B,).
         kept: (n,), all that a step keeps for the way back; `factors` are its parts, block by block.
         d_x, d_nll: cotangents of x and of nll. d_fast: of the fast matrices after the step, then before it.
-        d_rows: as `rows`, fp32: the sums of the steps done so far. totals: as `weights`, in the dtypes stored.
+        d_rows: as `rows`, fp32: the sums of the steps done so far. totals: as `weights`, in fp32 at least.
     """
 
     @lasting()
@@ -47,7 +47,9 @@ class SweepSpace(Recordings):
         self.weights = mapped(
             stored, lambda t: torch.empty_like(t, dtype=t.dtype if t.dim() == 1 else dtype).contiguous()
         )
-        self.totals = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in tensors(stored)]
+        self.totals = [
+            t.new_zeros(t.shape, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors(stored)
+        ]
         own = [torch.empty(t.shape, dtype=t.dtype, device=device) for block in masters for t in block]
         self.fast = FastWeights.of(by_block(own), config)
         self.x, self.d_x = (like.new_zeros(batch, size, d) for _ in range(2))

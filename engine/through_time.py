@@ -34,6 +34,7 @@ from engine.rollback import Rollback
 from engine.step_back import Step, step_back
 from engine.weights import Fast, SuffixWeights, converted, mapped, tensors
 from ttt_kernels.swiglu.reference import Factors
+from ttt_kernels.tangents import total
 
 
 @dataclass
@@ -175,7 +176,7 @@ class Sweep:
             step = self._step(index, fast, factors)
         if self._rollback is not None:
             assert factors is not None
-            self._rollback.keep(fast, step, factors)
+            self._rollback.keep(step, factors)
         self._loop.note(step)
         results.append(step.read[:3])
         return step.fast
@@ -204,7 +205,9 @@ class Sweep:
         )
         d_rows.add(seen.start, found.past)
         totals.add(found.slow)
-        return found.x, found.fast
+        masters = flat(step.before.masters)
+        fast = [total(d, f.to(w.dtype)) for d, f, w in zip(d_fast, found.fast, masters, strict=True)]
+        return found.x, fast
 
     def _step(self, index: int, fast: FastWeights, factors: list[Factors] | None) -> InnerStep:
         loop, part = self._loop, self._parts[index]

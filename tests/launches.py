@@ -127,6 +127,7 @@ def norms() -> None:
             rms_norm.backward(*given, needs)
             cotangents = [None if i == missing else t for i, t in enumerate((x, weight, y))]
             rms_norm.double_backward(*cotangents, *given, (*needs, True))
+            rms_norm.jvp_backward(y, *given[:4], *cotangents, rstd, 1e-6, (*needs, *needs))
 
 
 def rotations() -> None:

@@ -68,6 +68,7 @@ REPLAYED = "test_a_second_reading or test_states_take_turns"
 SWEPT = "test_a_second_sweep"
 TWIN, SLOPE = "test_within_budget and swiglu_jvp", "test_within_budget and linear_ce_slope"
 ATTENTION_TWIN = "test_within_budget and swa_jvp"
+NORM_TWIN = "test_within_budget and rms_norm_jvp and triton"
 
 OPERATORS = ("swa", "swiglu", "linear_ce", "rms_norm", "rope", "clipped_sgd", "decode")
 
@@ -93,7 +94,7 @@ class Mutation(NamedTuple):
             return "tests/test_replay_sweep.py"
         if folders == ["engine"]:
             return "tests/test_meta_gradient.py"
-        if folders == ["ttt_kernels"] or self.test in (TWIN, SLOPE, ATTENTION_TWIN):
+        if folders == ["ttt_kernels"] or self.test in (TWIN, SLOPE, ATTENTION_TWIN, NORM_TWIN):
             return "tests/test_every_operator.py"
         if self.file == GRID:
             return "tests/test_cuda_on_host.py"
@@ -204,7 +205,8 @@ MUTATIONS = (
              "(d_up, c)),", TWIN),
     Mutation("swiglu's twin: W_d loses H^", "ttt_kernels/swiglu/jvp.py", "(transposed(t_dy_), t_hidden)),", "),", TWIN),
     Mutation("sweep: the weights roll on", ROLLBACK, "torch.addcmul(w, g, rate", "torch.addcmul(w, g, -rate", SWEEPS),
-    Mutation("sweep: later steps do not know their weights", STEP, "total(a, b) for a, b in", "b for a, b in", SWEEPS),
+    Mutation("sweep: later steps do not know their weights", SWEEP, "total(d, f.to(w.dtype)) for",
+             "f.to(w.dtype) for", SWEEPS),
     Mutation("sweep: earlier keys have no cotangents", SUMS, "sum_[:, own] += piece", "pass", SWEEPS),
     Mutation("sweep: slow weights of the last step only", SUMS, "if found is None else found.add_(grad)",
              "if found is None else found", SWEEPS),
@@ -256,14 +258,19 @@ MUTATIONS = (
              "                pass\n            s", "test_changed_weights"),
     Mutation("replay: a sweep's weights are another's", SWEEP_SPACE, "self._owner() is not owner", "False",
              "test_changed_weights"),
-    Mutation("replay: later steps do not count", REPLAY_SWEEP, "mine.copy_(d_fast)", "mine.zero_()", SWEPT),
-    Mutation("replay: earlier keys have no cotangents", REPLAY_SWEEP, "mine[:, earlier] += d_past", "pass", SWEPT),
-    Mutation("replay: cotangents of keys stay where they are", REPLAY_SWEEP, "space.d_rows[:, :, own:] = ",
-             "_ = ", SWEPT),
+    Mutation("replay: later steps do not count", REPLAY_SWEEP, "mine.add_(d_fast) if along else ", "", SWEPT),
+    Mutation("replay: earlier keys have no cotangents", REPLAY_SWEEP, "d_past[:, start - first : stop - first],",
+             "torch.zeros_like(d_past[:, start - first : stop - first]),", SWEPT),
+    Mutation("replay: cotangents of keys stay where they are", REPLAY_SWEEP, "sums[:, start - own : stop - own],",
+             "sums[:, start:stop],", SWEPT),
     Mutation("replay: sums of the sweep before", REPLAY_SWEEP, "total.zero_()", "pass", SWEPT),
     Mutation("replay: the weights do not roll back", REPLAY_SWEEP, "w.addcmul_(g, space", "w.addcmul(g, space", SWEPT),
-    Mutation("replay: gradients are the space's own", REPLAY_SWEEP, "[t.clone() for t in space.totals]",
-             "list(space.totals)", "test_results_outlive"),
+    Mutation("replay: gradients are the space's own", REPLAY_SWEEP, "t.to(kind, copy=True) for",
+             "t.to(kind) for", "test_results_outlive"),
+    Mutation("replay: 16-bit weights have 16-bit sums", SWEEP_SPACE, "torch.promote_types(t.dtype, torch.float32)",
+             "t.dtype", "test_cotangents_of_16_bit_weights"),
+    Mutation("sweep: 16-bit weights have 16-bit sums", SUMS, "torch.promote_types(self._dtypes[i], torch.float32)",
+             "self._dtypes[i]", "test_cotangents_of_16_bit_weights"),
     Mutation("Triton: T loses r", T_DOUBLE, "(b_s1 - b_r) * (b_dp - b_delta)", "b_s1 * (b_dp - b_delta)", SMALL),
     Mutation("Triton: T loses D", T_DOUBLE, "(b_s1 - b_r) * (b_dp - b_delta)", "(b_s1 - b_r) * b_dp", SMALL),
     Mutation("Triton: T loses dO C^T", T_DOUBLE, "b_g = b_g + b_doc", "b_g = b_g", SMALL),
@@ -389,7 +396,14 @@ MUTATIONS = (
              "test_logits_of_minus_infinity"),
     Mutation("Triton: a column too many", T_TILES, "(b_column < D)[None, :]\n    return tl.load(_row",
              "(b_column < D + 1)[None, :]\n    return tl.load(_row", SMALL),
-    Mutation("Triton: norm, x_bar loses 3 m p", N_KERNELS, "- 3.0 * b_m * b_p", "- b_m * b_p", BUDGET),
+    Mutation("Triton: norm, x_bar loses 3 m p", N_KERNELS, "b_of_h = b_r * (mean(b_a * b_dh, N) - 3.0 * b_m * b_p)",
+             "b_of_h = b_r * (mean(b_a * b_dh, N) - b_m * b_p)", BUDGET),
+    Mutation("Triton: norm's twin, x_bar loses 3 m p", N_KERNELS,
+             "b_of_h += b_r * (mean(b_a * b_dh, N) - 3.0 * b_m * b_p)", "b_of_h += b_r * mean(b_a * b_dh, N)",
+             NORM_TWIN),
+    Mutation("Triton: norm's twin, w's cotangent loses h p", N_KERNELS, "b_of_w += b_r * (b_a - b_h * b_p) * b_u",
+             "b_of_w += b_r * b_a * b_u", NORM_TWIN),
+    Mutation("Triton: norm's twin, x_bar loses b u", N_KERNELS, "b_to_h += b_b * b_u", "b_to_h += 0.0", NORM_TWIN),
     Mutation("Triton: norm, x_bar loses b dy h", N_KERNELS, "b_of_h += mean(b_b * b_dy * b_h, N)", "b_of_h += 0.0",
              BUDGET),
     Mutation("Triton: norm, dx loses its mean", N_KERNELS, "b_dh - b_h * mean(b_dh * b_h, N)", "b_dh", BUDGET),

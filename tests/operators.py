@@ -34,6 +34,12 @@ def _with_last_tangents(example: Example, start: int) -> Example:
     return Example(OPERATORS["swa_jvp"], (*given, q_dot, k_dot[:, start:], v_dot[:, start:]), (4, 0.4, start))
 
 
+def _of_x(example: Example) -> Example:
+    """A norm whose weight has no tangent, as an inner step's."""
+    *inputs, x_dot, _, residual_dot = example.inputs
+    return Example(example.operator, (*inputs, x_dot, None, residual_dot), example.params)
+
+
 def _examples() -> dict[str, Example]:
     attention = _draw((1, 5, 2, 4), (1, 8, 1, 4), (1, 8, 1, 4))
     lengths = torch.tensor([7])
@@ -63,6 +69,7 @@ def _examples() -> dict[str, Example]:
         "swiglu_jvp": _with_tangents("swiglu", examples["swiglu"], ()),
         "linear_ce_jvp": _with_tangents("linear_ce", examples["linear_ce"], (-100,)),
         "rms_norm_jvp": _with_tangents("rms_norm", examples["rms_norm residual"], (1e-2,)),
+        "rms_norm_jvp of x": _of_x(_with_tangents("rms_norm", examples["rms_norm"], (1e-2,))),
     }
 
 

@@ -1,5 +1,6 @@
 """What `engine fit` predicts: the fastest way that fits, and lengths beyond those that were tried."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from train_runs import MODEL, run
 from engine.config import TTTConfig
 from engine.training.fit import Plan, fit, plans, predicted, rehearsed, trial_lengths
 from engine.training.run import Run
-from engine.training.trial import Choice, Cost, try_out
+from engine.training.trial import Choice, Cost, enough, try_out
 
 MEGABYTE = 2**20
 
@@ -146,6 +147,49 @@ def test_what_does_not_fit_at_full_length_is_not_taken(tmp_path: Path) -> None:
     assert [plan.choice.checkpoint_blocks for plan in sure] == [False, True]
     _, sure = found_and_rehearsed(given, 10**12, FakeTrial(limit=predictions[0]))
     assert [plan.choice.checkpoint_blocks for plan in sure] == [True]
+
+
+@pytest.mark.parametrize(
+    ("said", "fits"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB.", False),
+        ("CUDA error: out of memory", False),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", False),
+        ("CUDA error: an illegal memory access was encountered", True),
+    ],
+)
+def test_who_finds_no_memory(said: str, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's allocator has an error of its own for that, libraries and graphs have none."""
+
+    class Pool:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def __enter__(self) -> "Pool":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def submit(self, *_: object) -> "Pool":
+            return self
+
+        def result(self) -> Cost:
+            raise RuntimeError(said)
+
+    monkeypatch.setattr("engine.training.trial.ProcessPoolExecutor", Pool)
+    with pytest.raises(RuntimeError, match="illegal") if fits else nullcontext():
+        assert try_out(run(tmp_path), Choice(1, "rollback", True), 24) is None
+
+
+def test_all_graphs_are_there_before_time_is_taken() -> None:
+    cuda = torch.device("cuda")
+    for window, unit, steps in ((8192, 1024, 8 + 2), (13, 8, 2 + 2), (3, 8, 1 + 2)):
+        config = replace(MODEL, window=window, mini_batch_size=unit)
+        assert enough(config, cuda) == steps * unit
+        assert enough(config, torch.device("cpu")) == 2 * unit
+    # Without an inner loop kernels are timed for about as much work as there is.
+    assert enough(MODEL.as_sliding_window(), cuda) > 2**30
 
 
 @pytest.mark.slow

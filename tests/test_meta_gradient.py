@@ -78,6 +78,34 @@ def test_a_loss_of_one_fast_matrix(options: dict[str, Any], backend: str, clip: 
         assert relative_error(g, e) < 1e-9
 
 
+def of_16_bit_weights() -> tuple[TTTModel, TTTModel]:
+    """A model whose matrices are stored in bfloat16, and one of the same numbers in float32; both compute in that."""
+    config = model(inner_clip=2.5, inner_lr=0.3).config
+    short, long = TTTModel(config, dtype=torch.bfloat16), TTTModel(config)
+    with torch.no_grad():
+        for p, q in zip(short.parameters(), long.parameters(), strict=True):
+            q.copy_(p.mul_(10) if p.ndim > 1 else p)
+    return short, long
+
+
+def assert_rounded_once(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Every matrix' gradient but the embedding's, of which torch sums what its tokens have."""
+    for name, e in expected.items():
+        if ".w_" in name:
+            assert found[name].dtype == torch.bfloat16
+            error = (found[name].float() - e).abs()
+            assert (error <= 2**-8 * e.abs() + 1e-5 * e.abs().max()).all(), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cotangents_of_16_bit_weights(backend: str) -> None:
+    """Are summed in float32 over all mini-batches and slabs."""
+    short, long = of_16_bit_weights()
+    tokens = stream(24 * SIZE + 1)
+    found, expected = (gradients(m, tokens, backend=backend) for m in (short, long))
+    assert_rounded_once(found, expected)
+
+
 def test_some_steps_clip_and_some_do_not() -> None:
     norms = loss(wide(), stream(5 * SIZE + 1, batch=2)).inner_norms
     assert (norms > 2.5).any()

@@ -10,7 +10,7 @@ from harness import EVERY_BACKEND
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_model import CONFIG, model, stream
-from test_meta_gradient import assert_same, gradients, wide
+from test_meta_gradient import assert_rounded_once, assert_same, gradients, of_16_bit_weights, wide
 from torch import Tensor
 
 from engine import TTTModel, graphs
@@ -91,6 +91,12 @@ def test_changed_weights_are_read(device: Emulation) -> None:
         for parameter in m.parameters():
             parameter.mul_(0.9)
     assert_same(differentiated(m, tokens, device), differentiated(m, tokens), 1e-9)
+
+
+def test_cotangents_of_16_bit_weights(device: Emulation) -> None:
+    short, long = of_16_bit_weights()
+    tokens = stream(24 * SIZE + 1)
+    assert_rounded_once(differentiated(short, tokens, device), differentiated(long, tokens))
 
 
 def test_two_losses_before_their_gradients(device: Emulation, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,21 +16,23 @@ from ttt_kernels.registry import Kernel, Operator
 from ttt_kernels.tangents import total
 
 
-def twin(base: Operator, **fixed: Any) -> Operator:
-    """The operator `<name>_jvp` of an operator with one output, on all its backends, without kernels of its own.
+def twin(base: Operator, own: dict[str, dict[str, Kernel]] | None = None, **fixed: Any) -> Operator:
+    """The operator `<name>_jvp` of an operator with one output, on all its backends, composed of base's kernels.
 
     Its inputs are those of `base`, then a tangent for each that is differentiable, in their order, None being zero;
     its outputs are base's and "tangent", and its parameters base's without those that are fixed.
 
     Args:
+        own: by backend and order, kernels that do in one pass what would be composed.
         fixed: values of parameters of base in every call.
     """
+    instead = own or {}
 
     def fake(*given: Any) -> tuple[Any, ...]:
         out, *saved = base.fake(*given[: len(base.inputs)], *_settings(base, fixed, given[_count(base) :]))
         return out, out.new_empty(out.shape), *saved
 
-    kernels = {name: composed(base, of, **fixed) for name, of in base.kernels.items()}
+    kernels = {name: composed(base, of, **fixed) | instead.get(name, {}) for name, of in base.kernels.items()}
     return twin_of_kernels(base, kernels, fake, base.saved, fixed, base.keeps)
 
 

@@ -4,6 +4,7 @@ Products are torch's BLAS; what is done to the logits of a block is a backend's 
 `reference`, and g is the slope, the gradient of a loss with respect to its row of x.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -63,34 +64,41 @@ class Passes(Protocol):
 
 
 class _Memory:
-    """Memory for blocks, reused by all of a sweep."""
+    """Memory for blocks, reused by all of a sweep: for one at a time, or for `many` of the same classes."""
 
-    def __init__(self, x: Tensor, weight: Tensor) -> None:
-        self.x, self.weight = operand(x), weight
+    def __init__(self, x: Tensor, weight: Tensor, many: int = 1) -> None:
+        self.x, self.weight, self._many = operand(x), weight, many
         self.dtype = x.dtype
         size = block_size(x.shape[0], weight.shape[0], x.device)
         # On a GPU products of 16-bit factors have float32 results; on a processor they have the factors' type.
         wide = compute_dtype(x.dtype) if x.is_cuda else self.x.dtype
-        self.logits = x.new_empty(x.shape[0] * size, dtype=wide)
+        self.logits = x.new_empty(many * x.shape[0] * size, dtype=wide)
         same = wide == self.x.dtype
         self.factors = self.logits if same else x.new_empty(self.logits.shape, dtype=self.x.dtype)
         as_is = weight.dtype == x.dtype == self.x.dtype
-        self.converted = None if as_is else self.x.new_empty(size, x.shape[1])
+        self.converted = None if as_is else self.x.new_empty(many, size, x.shape[1])
 
-    def weights(self, weight: Tensor, part: slice) -> Tensor:
+    def weights(self, weight: Tensor, part: slice, index: int = 0) -> Tensor:
         """A block of weights, or of what has their shape, as products read it."""
         if self.converted is None:
             return weight[part]
         rows = weight[part]
         # Rounded first to x's type, where products have a wider one.
         rows = rows if self.converted.dtype == self.dtype else rows.to(self.dtype)
-        return self.converted[: part.stop - part.start].copy_(rows)
+        return self.converted[index, : part.stop - part.start].copy_(rows)
 
-    def block(self, part: slice, weight: Tensor) -> Block:
+    def block(self, part: slice, weight: Tensor, index: int = 0) -> Block:
         """A block whose logits are yet to be computed."""
-        shape = (self.x.shape[0], part.stop - part.start)
-        count = shape[0] * shape[1]
-        return Block(part, weight, self.logits[:count].view(shape), self.factors[:count].view(shape))
+        logits, factors = (self._all(part, t)[index] for t in (self.logits, self.factors))
+        return Block(part, weight, logits, factors)
+
+    def all_factors(self, part: slice) -> Tensor:
+        """The factors of all blocks of the same classes, (many N, cols), those of each below those before."""
+        return self._all(part, self.factors).flatten(0, 1)
+
+    def _all(self, part: slice, memory: Tensor) -> Tensor:
+        shape = (self._many, self.x.shape[0], part.stop - part.start)
+        return memory[: math.prod(shape)].view(shape)
 
 
 def _logits(memory: _Memory) -> Iterator[Block]:
@@ -102,8 +110,8 @@ def _logits(memory: _Memory) -> Iterator[Block]:
 
 
 def _tangents(memory: _Memory, like: Block, a: Optional, of_b: Optional) -> Block:
-    """The block of l^ = a W^T + x b^T, given the block of the logits and b's."""
-    along = memory.block(like.part, like.weight)
+    """The block of l^ = a W^T + x b^T, given the block of the logits and b's: the second of `memory`."""
+    along = memory.block(like.part, like.weight, 1)
     if of_b is None:
         assert a is not None
         multiply_into(along.logits, a, like.weight.t())
@@ -176,7 +184,7 @@ def backward(
     memory, dw = _Memory(x, weight), weight.new_empty(weight.shape)
     for block in _logits(memory):
         passes.d_logits(block, own, lse, d)
-        _product_rows(dw, block.part, (block.factor, memory.x))
+        _product_rows(dw, block.part, block.factor, memory.x)
     return dx, dw
 
 
@@ -207,7 +215,7 @@ def double_backward(
     wide, ignored = compute_dtype(x.dtype), target == ignore_index
     own, lse = _own(target, weight.shape[0]), lse.contiguous()
     d = d_nll.masked_fill(ignored, 0).contiguous()
-    memory, second = _Memory(x, weight), _Memory(x, weight)
+    memory = _Memory(x, weight, 2)
     a = None if g_x is None else operand(g_x)
     rise = x.new_zeros(target.shape, dtype=wide)
     at_own = torch.zeros_like(rise)
@@ -216,7 +224,7 @@ def double_backward(
         turn, one = x.new_zeros(x.shape, dtype=wide), torch.ones_like(d)
         for block in _logits(memory):
             passes.d_logits(block, own, lse, one)
-            accumulate(turn, block.factor, second.weights(g_weight, block.part))
+            accumulate(turn, block.factor, memory.weights(g_weight, block.part, 1))
         of_x = memory.x.to(wide)
         rise = rise + (of_x * turn).sum(1)
         at_own = at_own + (of_x * _own_rows(g_weight, own, x)).sum(1)
@@ -233,10 +241,11 @@ def double_backward(
         to_x = x.new_zeros(x.shape, dtype=wide) if turn is None else turn.mul_(d[:, None])
     to_weight = weight.new_empty(weight.shape) if needs[2] else None
     rows = _Rows(own, lse, rise + at_own, d)
+    right = _right(memory, a)
     for block in _logits(memory):
-        of_b = None if g_weight is None else second.weights(g_weight, block.part)
-        along = _tangents(second, block, a, of_b)
-        _second_products(passes, block, along, rows, to_x, to_weight, memory.x, a)
+        of_b = None if g_weight is None else memory.weights(g_weight, block.part, 1)
+        along = _tangents(memory, block, a, of_b)
+        _second_products(passes, memory, block, along, rows, to_x, to_weight, right)
     return to_d_nll, None if to_x is None else to_x.to(x.dtype), to_weight
 
 
@@ -284,13 +293,14 @@ def slope_backward(
     of_a, of_c = d_slope.to(wide), (d_nll.to(wide) * counts)[:, None]
     mean = (of_a * (slope + _own_rows(weight, own, x))).sum(1)
     a = operand(d_slope.to(x.dtype))
-    right = operand((of_a + of_c * x).to(x.dtype)) if needs[1] else None
+    beside = operand((of_a + of_c * x).to(x.dtype)) if needs[1] else None
     to_x = of_c * slope if needs[0] else None
     to_weight = weight.new_empty(weight.shape) if needs[1] else None
-    rows, memory, second = _Rows(own, lse, mean, counts), _Memory(x, weight), _Memory(x, weight)
+    rows, memory = _Rows(own, lse, mean, counts), _Memory(x, weight, 2)
+    right = _right(memory, beside)
     for block in _logits(memory):
-        along = _tangents(second, block, a, None)
-        _second_products(passes, block, along, rows, to_x, to_weight, memory.x, right)
+        along = _tangents(memory, block, a, None)
+        _second_products(passes, memory, block, along, rows, to_x, to_weight, right)
     return None if to_x is None else to_x.to(x.dtype), to_weight
 
 
@@ -303,34 +313,40 @@ class _Rows(NamedTuple):
     d: Tensor
 
 
+def _right(memory: _Memory, beside: Optional) -> Tensor:
+    """What the factors of two blocks are multiplied with for W: (2 N, d), or x alone where dl has nothing beside it.
+
+    One product instead of a sum of two, of which nothing is rounded or read again in between.
+    """
+    return memory.x if beside is None else torch.cat((beside, memory.x))
+
+
 def _second_products(
     passes: Passes,
+    memory: _Memory,
     block: Block,
     along: Block,
     rows: _Rows,
     to_x: Optional,
     to_weight: Optional,
-    x: Tensor,
-    right: Optional,
+    right: Tensor,
 ) -> None:
-    """Adds a block's q W to `to_x`, and writes its rows of q^T x + dl^T right to `to_weight`."""
+    """Adds a block's q W to `to_x`, and writes its rows of dl^T beside + q^T x to `to_weight`; see `_right`."""
     passes.second(block, along, *rows)
     if to_x is not None:
         accumulate(to_x, along.factor, block.weight)
     if to_weight is not None:
-        pairs = [(along.factor, x)] + ([] if right is None else [(block.factor, right)])
-        _product_rows(to_weight, block.part, *pairs)
+        both = len(right) > len(memory.x)
+        left = memory.all_factors(block.part) if both else along.factor
+        _product_rows(to_weight, block.part, left, right)
 
 
-def _product_rows(out: Tensor, part: slice, *pairs: tuple[Tensor, Tensor]) -> None:
-    """out[part] = the sum of l^T x over pairs (l, x) of operands, rounded once to out's type."""
+def _product_rows(out: Tensor, part: slice, left: Tensor, right: Tensor) -> None:
+    """out[part] = left^T right of operands, rounded once to out's type."""
     rows = out[part]
-    (first, x), *rest = pairs
-    wide = compute_dtype(x.dtype) if x.is_cuda else x.dtype
-    direct = rows.dtype == wide or (x.is_cuda and not rest)
-    total = rows if direct else x.new_empty(rows.shape, dtype=wide)
-    multiply_into(total, first.t(), x)
-    for other, y in rest:
-        accumulate(total, other.t(), y)
+    wide = compute_dtype(right.dtype) if right.is_cuda else right.dtype
+    direct = rows.dtype == wide or right.is_cuda
+    total = rows if direct else right.new_empty(rows.shape, dtype=wide)
+    multiply_into(total, left.t(), right)
     if not direct:
         rows.copy_(total)

@@ -38,7 +38,7 @@ operator = Operator(
     },
     refusals={"cpu": refuse_on_cpu, "triton": triton.refuse},
 )
-jvp_operator = twin(operator)
+jvp_operator = twin(operator, own={"triton": {"backward": triton.jvp_backward}})
 
 
 def check(name: str, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> None:

@@ -50,6 +50,29 @@ def _launch(
     )
 
 
+def _launch_all(
+    order: str,
+    kernel: Any,
+    rows: Rows,
+    like: Tensor,
+    shared: dict[str, Any],
+    results: dict[str, Any],
+    wanted: bool,
+    partial: Tensor | None,
+    span: int | None,
+) -> None:
+    """Launches a kernel for what is `wanted` of rows and for sums over rows: at once where registers hold both.
+
+    `results` are the arguments that only the former needs.
+    """
+    apart = partial is not None and like.shape[-1] > SUMMED
+    if wanted and (apart or partial is None):
+        _launch(order, kernel, rows, like, {**shared, **results, "p_partial": None})
+    if partial is not None:
+        rest = dict.fromkeys(results) if apart else results
+        _launch(order, kernel, rows, like, {**shared, **rest, "p_partial": partial}, span)
+
+
 def _partial(order: str, rows: Rows, like: Tensor, need: bool) -> tuple[Tensor | None, int | None]:
     """Memory for the partial sums over rows, and how many rows each is of."""
     if not need:
@@ -142,12 +165,44 @@ def double_backward(
         "p_weight": weight.contiguous(), "p_rstd": rstd.contiguous(), "span": span or 0,
     }  # fmt: skip
     results = {"t_z": t_z, "p_to_dy": to_dy, "p_to_x": to_x}
-    nothing = dict.fromkeys(results)
-    apart = partial is not None and x.shape[-1] > SUMMED
-    if any(needs[:2]) and (apart or partial is None):
-        _launch("double_backward", kernels.double_backward, rows, x, {**shared, **results, "p_partial": None})
-    if partial is not None:
-        rest = nothing if apart else results
-        summed = {**shared, **rest, "p_partial": partial}
-        _launch("double_backward", kernels.double_backward, rows, x, summed, span)
+    wanted = any(needs[:2])
+    _launch_all("double_backward", kernels.double_backward, rows, x, shared, results, wanted, partial, span)
     return to_dy, to_x, _total(partial, weight), to_residual
+
+
+def jvp_backward(
+    dy: Tensor,
+    d_tangent: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    x_dot: Tensor | None,
+    weight_dot: Tensor | None,
+    residual_dot: Tensor | None,
+    rstd: Tensor,
+    eps: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The twin's backward, as `ttt_kernels.jvp.composed` makes it of the orders above, but in one pass."""
+    from ttt_kernels.rms_norm import triton_kernels as kernels
+
+    dx, d_residual, da, d_residual_dot = (
+        x.new_empty(x.shape) if need else None for need in (needs[0], *needs[2:4], needs[5])
+    )
+    # The tangent of y is to w's tangent what y is to w.
+    d_weight_dot = backward(d_tangent, x, weight, None, rstd, eps, (False, needs[4], False))[1]
+    if x.numel() == 0:
+        d_weight = weight.new_zeros(weight.shape) if needs[1] else None
+        return dx, d_weight, d_residual, da, d_weight_dot, d_residual_dot
+    rows = rows_of([dy, d_tangent, x, x_dot])
+    t_dy, t_u, t_x, t_a = rows.located
+    partial, span = _partial("jvp_backward", rows, x, needs[1])
+    shared = {
+        "t_dy": t_dy, "t_u": t_u, "t_x": t_x, "t_a": t_a,
+        "p_b": None if weight_dot is None else weight_dot.contiguous(),
+        "p_weight": weight.contiguous(), "p_rstd": rstd.contiguous(), "span": span or 0,
+    }  # fmt: skip
+    results = {"p_dx": dx, "p_da": da, "p_residual": d_residual, "p_residual_dot": d_residual_dot}
+    wanted = any(t is not None for t in results.values())
+    _launch_all("jvp_backward", kernels.jvp_backward, rows, x, shared, results, wanted, partial, span)
+    return dx, _total(partial, weight), d_residual, da, d_weight_dot, d_residual_dot

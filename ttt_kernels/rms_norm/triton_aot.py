@@ -8,11 +8,11 @@ from ttt_kernels.aot import Case, Constant
 from ttt_kernels.rms_norm import triton_kernels
 from ttt_kernels.rms_norm.triton_configs import LARGEST, SUMMED, configs, sums
 
-_ORDERS = ("forward", "backward", "double_backward")
+_ORDERS = ("forward", "backward", "double_backward", "jvp_backward")
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _WIDE = ("p_rstd", "p_partial")
 """Always float32."""
-_OF_X = ("p_y", "p_dx", "p_residual", "p_to_dy", "p_to_x")
+_OF_X = ("p_y", "p_dx", "p_da", "p_residual", "p_residual_dot", "p_to_dy", "p_to_x")
 
 
 def _arguments(kernel: Any, dtype: str, weight: str, n: int, rank: int) -> dict[str, Any]:
@@ -35,9 +35,13 @@ def _arguments(kernel: Any, dtype: str, weight: str, n: int, rank: int) -> dict[
 
 def _launches(order: str, n: int) -> list[dict[str, Constant]]:
     """What is missing in each launch of an order: long rows are summed apart."""
-    if order != "double_backward" or n <= SUMMED:
+    apart = {
+        "double_backward": ("t_z", "p_to_dy", "p_to_x"),
+        "jvp_backward": ("p_dx", "p_da", "p_residual", "p_residual_dot"),
+    }
+    if order not in apart or n <= SUMMED:
         return [{}]
-    results = ("t_z", "p_to_dy", "p_to_x")
+    results = apart[order]
     return [{"p_partial": Constant(None)}, dict.fromkeys(results, Constant(None))]
 
 
@@ -67,7 +71,10 @@ def cases(arch: int) -> list[Case]:
         found += [
             Case(f"rms_norm.{order}", f"bf16 -{name}", kernel, {**arguments, name: Constant(None)},
                  configs(order, 1024)[0], None)
-            for name in ("t_residual", "p_dx", "p_partial", "p_residual", "t_a", "p_b", "t_z", "p_to_dy", "p_to_x")
+            for name in (
+                "t_residual", "p_dx", "p_da", "p_partial", "p_residual", "p_residual_dot", "t_a", "p_b", "t_z",
+                "p_to_dy", "p_to_x",
+            )
             if name in arguments
         ]  # fmt: skip
     for weight in _TYPES.values():

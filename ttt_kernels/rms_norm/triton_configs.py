@@ -15,6 +15,7 @@ _TILES = {
     "forward": ((4096, 16), (2048, 16), (2048, 8)),
     "backward": ((2048, 16), (2048, 8), (1024, 8)),
     "double_backward": ((2048, 16), (1024, 8), (2048, 8)),
+    "jvp_backward": ((2048, 16), (1024, 8), (2048, 8)),
 }
 """Order -> elements of a tile of short rows, and of a thread."""
 _SUMS = Config((("ROWS", 64), ("BLOCK", 16)), 4, 1)

@@ -1,4 +1,4 @@
-"""RMSNorm's three orders in Triton, each in one pass over memory; letters as in reference.py.
+"""RMSNorm's three orders and its twin's backward in Triton, each in one pass over memory; letters as in reference.py.
 
 A program that sums over rows has `span` of them, and a row of `p_partial` for its sum; `total` adds these up, so that
 the order of every sum is the same in every run.
@@ -110,6 +110,57 @@ def double_backward(
             store(p_to_dy, b_to_dy, b_row, rows, N, BLOCK)
         if p_partial is not None:
             b_sum += b_to_dh * b_dy
+    if p_partial is not None:
+        _store_partial(p_partial, b_sum, N, BLOCK)
+
+
+@triton.jit(do_not_specialize=["rows", "middle", "inner", "span"])
+def jvp_backward(
+    t_dy, t_u, t_x, t_a, p_b, p_weight, p_rstd, p_dx, p_da, p_partial, p_residual, p_residual_dot, rows, middle, inner,
+    span, N: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The cotangents of x, of its tangent a and of both residuals, and parts of w's, given dy and u of y's tangent.
+
+    With w's tangent b and e, m, p and q of `double_backward`, there for dy = u: u's and dy's terms of x's cotangent are
+    summed before they are rounded.
+    """
+    b_w = load_vector(p_weight, N, BLOCK)
+    if p_b is not None:
+        b_b = load_vector(p_b, N, BLOCK)
+    b_sum = tl.zeros((ROWS, BLOCK), tl.float32)
+    tiles = 1 if p_partial is None else span // ROWS
+    for tile in tl.range(tiles):
+        b_row = (tl.program_id(0) * tiles + tile) * ROWS + tl.arange(0, ROWS)
+        b_dy = load(t_dy, b_row, rows, middle, inner, N, BLOCK, RANK).to(tl.float32)
+        b_u = load(t_u, b_row, rows, middle, inner, N, BLOCK, RANK).to(tl.float32)
+        b_x = load(t_x, b_row, rows, middle, inner, N, BLOCK, RANK).to(tl.float32)
+        b_r = tl.load(p_rstd + b_row, mask=b_row < rows, other=0.0)[:, None]
+        b_h = b_x * b_r
+        b_of_w = b_dy * b_h
+        # Cotangents of h: b_to_h, and b_of_h along h itself.
+        b_to_h = b_dy * b_w
+        b_of_h = mean(b_to_h * b_h, N)
+        b_dh = b_u * b_w
+        b_m = mean(b_dh * b_h, N)
+        if t_a is not None:
+            b_a = load(t_a, b_row, rows, middle, inner, N, BLOCK, RANK).to(tl.float32)
+            b_p = mean(b_a * b_h, N)
+            b_of_w += b_r * (b_a - b_h * b_p) * b_u
+            b_to_h -= b_r * (b_m * b_a + b_p * b_dh)
+            b_of_h += b_r * (mean(b_a * b_dh, N) - 3.0 * b_m * b_p)
+        if p_b is not None:
+            b_to_h += b_b * b_u
+            b_of_h += mean(b_b * b_u * b_h, N)
+        if p_dx is not None:
+            store(p_dx, b_r * (b_to_h - b_h * b_of_h), b_row, rows, N, BLOCK)
+        if p_da is not None:
+            store(p_da, b_r * (b_dh - b_h * b_m), b_row, rows, N, BLOCK)
+        if p_partial is not None:
+            b_sum += b_of_w
+        if p_residual is not None:
+            store(p_residual, b_dy, b_row, rows, N, BLOCK)
+        if p_residual_dot is not None:
+            store(p_residual_dot, b_u, b_row, rows, N, BLOCK)
     if p_partial is not None:
         _store_partial(p_partial, b_sum, N, BLOCK)
 
