@@ -191,6 +191,10 @@ class _Plan:
             for length in dict.fromkeys((lengths[0], lengths[-1], *lengths)):
                 for model in ("ttt-e2e", "full-attention"):
                     yield self._learning(preset, length, model, {}, f"train {preset}")
+            # What a token costs at different lengths is compared with as many sequences at a time.
+            if lengths[-1] >= self._s.tokens_per_batch:
+                for length in lengths[1:-1]:
+                    yield self._learning(preset, length, "ttt-e2e", {"as_of": lengths[-1]}, f"train {preset}")
 
     def _learning(
         self, preset: str, length: int, model: str, more: dict[str, Any], group: str

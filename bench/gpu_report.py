@@ -108,8 +108,10 @@ def _sections(store: Store, everything: Sequence[Measurement]) -> list[str]:
 
 
 def _name(m: Measurement) -> str:
-    words = m.key.split(" ")[1:]
-    return " ".join(in_words(int(w)) if w.isdigit() else w for w in words)
+    words = [in_words(int(w)) if w.isdigit() else w for w in m.key.split(" ")[1:]]
+    if "as_of" in m.arguments:
+        words[-1:] = ["as of", words[-1]]
+    return " ".join(words)
 
 
 def _why(result: Result) -> str:
@@ -138,7 +140,7 @@ def _check_rows(name: str, m: Measurement, result: Result, *_: Any) -> list[Sequ
 
 def _beside(results: Result, m: Measurement, result: Result) -> str:
     """How many times as long full attention takes, on the line of TTT-E2E."""
-    if not m.task.endswith("ttt-e2e"):
+    if not m.task.endswith("ttt-e2e") or "as_of" in m.arguments:
         return ""
     try:
         other = baseline(results, m.stage, m.arguments["preset"], m.arguments["length"])

@@ -41,14 +41,18 @@ WarmUp = Callable[[Tensor], object]
 """Of the tokens of a micro-batch: brings in all code that a step needs."""
 
 
-def ttt(context: Context, preset: str, length: int, tokens_per_batch: int) -> dict[str, Any]:
+def ttt(
+    context: Context, preset: str, length: int, tokens_per_batch: int, as_of: int | None = None
+) -> dict[str, Any]:
     """A step of TTT-E2E by the engine's default method: of the blocks before the fast ones nothing computed again where
     ENOUGH sequences fit, else all.
+
+    With `as_of`: one sequence at a time, and as much computed again as with sequences of that length.
     """
     config = TTTConfig.preset(preset, compute_dtype=context.dtype)
     check = checked(context, config, engine_loss, partial(engine_loss, recompute=False))
     model = context.model(config, _stored(config))
-    enough = min(ENOUGH, max(1, tokens_per_batch // length))
+    enough = min(ENOUGH, max(1, tokens_per_batch // (as_of or length)))
 
     def measure(recompute: bool) -> dict[str, Any]:
         loss = engine_loss(model, recompute=recompute)
@@ -59,13 +63,14 @@ def ttt(context: Context, preset: str, length: int, tokens_per_batch: int) -> di
             short = (-(-window // own) + 2) * own + 1
             _backward(loss, part[:, :short])
 
-        needed, least = ttt_bytes(config, length, recompute=recompute), 1 if recompute else enough
+        needed = math.inf if as_of else ttt_bytes(config, length, recompute=recompute)
+        least = 1 if recompute else enough
         found = step(context, model, loss, length, tokens_per_batch, needed, warm_up, least)
         return found | {
             "recompute": "all before fast weights" if recompute else "nothing before fast weights"
         }
 
-    found = sparing(context, model, enough * ttt_bytes(config, length, recompute=False), measure)
+    found = sparing(context, model, enough * ttt_bytes(config, as_of or length, recompute=False), measure)
     return found | {"check": check, "flops": training_flops_per_token(config, length) * found["tokens"]}
 
 
