@@ -63,10 +63,16 @@ class _Rows:
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """See `engine.blocks.Cache`."""
+        for mine, new in zip(self.rows(k.shape[1]), (k, v), strict=True):
+            if mine.data_ptr() != new.data_ptr():
+                mine.copy_(new)
         end = self._start + k.shape[1]
-        self._window.k[:, self._start : end] = k
-        self._window.v[:, self._start : end] = v
         return self._window.k[:, :end], self._window.v[:, :end]
+
+    def rows(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """See `engine.blocks.StaticCache`."""
+        end = self._start + tokens
+        return self._window.k[:, self._start : end], self._window.v[:, self._start : end]
 
 
 def _add_rows(windows: Sequence[Window], tokens: int) -> int:
