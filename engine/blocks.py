@@ -7,9 +7,8 @@ x += post_norm(MLP(pre_norm(x))). Backward gives gradients of inputs and of fast
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from engine.ops import Ops
@@ -22,6 +21,14 @@ class Cache(Protocol):
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Adds those of new tokens (B, T, H, D); returns all that their queries may see, the new ones last."""
+
+
+@runtime_checkable
+class StaticCache(Cache, Protocol):
+    """A cache in memory that is there before its rows are."""
+
+    def rows(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Where keys and values (B, T, H, D) of so many new tokens go; what is there, `extend` need not copy."""
 
 
 class Projected(NamedTuple):
@@ -73,18 +80,22 @@ def attention_forward(
     for_backward: bool,
 ) -> tuple[Tensor, AttentionTape]:
     """x (B, T, d) at `positions` (T,); returns x plus the branch."""
-    rows = project(ops, w, x, positions)
+    into = cache.rows(x.shape[1]) if isinstance(cache, StaticCache) else None
+    rows = project(ops, w, x, positions, into)
     return attend(ops, w, rows, *cache.extend(rows.k, rows.v), window, for_backward=for_backward)
 
 
-def project(ops: Ops, w: BlockWeights, x: Tensor, positions: Tensor) -> Projected:
-    """The part of an attention branch that is each token's own: x (B, T, d) at `positions` (T,)."""
+def project(
+    ops: Ops, w: BlockWeights, x: Tensor, positions: Tensor, into: tuple[Tensor, Tensor] | None = None
+) -> Projected:
+    """The part of an attention branch that is each token's own: x (B, T, d) at `positions` (T,).
+
+    Keys and values may be left in `into`, (B, T, H, D) each.
+    """
     heads = (*x.shape[:2], 3, -1, w.q_norm.shape[0])
     h, rstd = ops.norm(x, w.seq_norm)
-    q_raw, k_raw, v = ops.linear(h, w.w_qkv).view(heads).unbind(2)
-    q_normed, q_rstd = ops.norm(q_raw, w.q_norm)
-    k_normed, k_rstd = ops.norm(k_raw, w.k_norm)
-    q, k = ops.rope(q_normed, positions), ops.rope(k_normed, positions)
+    q_raw, k_raw, v_raw = ops.linear(h, w.w_qkv).view(heads).unbind(2)
+    q, k, v, q_rstd, k_rstd = ops.heads(q_raw, k_raw, v_raw, w.q_norm, w.k_norm, positions, into)
     return Projected(x, rstd, q_raw, q_rstd, k_raw, k_rstd, q, k, v, positions)
 
 
@@ -113,13 +124,10 @@ def attention_backward(
     rows = tape.rows
     do = ops.linear_backward(da, w.w_o).view(rows.q.shape)
     dq, dk, dv = ops.attention_backward(do, rows.q, tape.keys, tape.values, tape.saved, window)
-    dq = ops.norm_backward(
-        ops.rope_backward(dq, rows.q_raw, rows.positions), rows.q_raw, w.q_norm, rows.q_rstd
+    d_heads = ops.heads_backward(
+        (dq, dk, dv), rows.q_raw, rows.k_raw, w.q_norm, w.k_norm, rows.q_rstd, rows.k_rstd, rows.positions
     )
-    dk = ops.norm_backward(
-        ops.rope_backward(dk, rows.k_raw, rows.positions), rows.k_raw, w.k_norm, rows.k_rstd
-    )
-    dh = ops.linear_backward(torch.stack((dq, dk, dv), 2).flatten(2), w.w_qkv)
+    dh = ops.linear_backward(d_heads.flatten(2), w.w_qkv)
     return dx + ops.norm_backward(dh, rows.x, w.seq_norm, rows.rstd)
 
 

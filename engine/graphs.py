@@ -32,10 +32,15 @@ class Lane(Protocol):
 
 
 class Lanes(NamedTuple):
-    """The caller's own stream, and one beside it."""
+    """The caller's own stream, and two beside it; what is recorded of `main` and `first` goes before the rest.
+
+    main: the stream that is current. first: for a chain of small work, one piece waiting for another. last: for work
+    that is to fill what the others leave idle.
+    """
 
     main: Lane
-    beside: Lane
+    first: Lane
+    last: Lane
 
 
 def available(device: torch.device) -> bool:
@@ -45,15 +50,25 @@ def available(device: torch.device) -> bool:
 
 def lanes(device: torch.device) -> Lanes:
     """Lanes of a device on which recording is available."""
-    return Lanes(_CudaLane(device, None), _CudaLane(device, torch.cuda.Stream(device)))
+    return Lanes(
+        _CudaLane(device, _FIRST, own=False),
+        _CudaLane(device, _FIRST, own=True),
+        _CudaLane(device, _LAST, own=True),
+    )
+
+
+_FIRST, _LAST = -1, 0
+"""Priorities of streams. Blocks of threads of the first go to a multiprocessor before those of the last that wait for
+one; none that runs is interrupted."""
 
 
 class _CudaLane:
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
-        """Without a stream: the one that is current at every call."""
+    def __init__(self, device: torch.device, priority: int, *, own: bool) -> None:
+        """Without a stream of its `own`: the one that is current at every call."""
         self._device = device
-        self._stream = stream
-        self._recording = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device, priority) if own else None
+        # A graph's kernels keep the priority of the stream that they were recorded on, wherever it is replayed.
+        self._recording = torch.cuda.Stream(device, priority)
         self._pool = torch.cuda.graph_pool_handle()
 
     def active(self) -> AbstractContextManager[object]:

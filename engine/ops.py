@@ -18,8 +18,10 @@ from ttt_kernels.clipped_sgd import operator as clipped_sgd
 from ttt_kernels.clipped_sgd.update import update_
 from ttt_kernels.linear_ce import operator as linear_ce
 from ttt_kernels.linear_ce import slope_operator as linear_ce_slope
+from ttt_kernels.registry import unrecorded
 from ttt_kernels.rms_norm import jvp_operator as rms_norm_jvp
 from ttt_kernels.rms_norm import operator as rms_norm
+from ttt_kernels.rope import heads as fused_heads
 from ttt_kernels.rope import operator as rope
 from ttt_kernels.swa import jvp_operator as swa_jvp
 from ttt_kernels.swa import operator as swa
@@ -46,6 +48,8 @@ class Ops:
         operators = (rms_norm, rope, swiglu, swa, linear_ce, clipped_sgd)
         self._asked = backend
         self._backend = {op.name: op.select(backend, like) for op in operators}
+        by_triton = self._backend["rms_norm"] == self._backend["rope"] == "triton"
+        self._fuses_heads = by_triton and fused_heads.serves(config.head_dim)
         self._eps = config.norm_eps
         self._theta = config.rope_theta
         self._scale = config.head_dim**-0.5
@@ -96,6 +100,45 @@ class Ops:
         """Gradient of x."""
         backend = self._backend["rope"]
         return rope.backward(dy, x, positions, self._theta, True, needs=(True,), backend=backend)[0]
+
+    def heads(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_norm: Tensor,
+        k_norm: Tensor,
+        positions: Tensor,
+        into: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q and k (B, T, H, D) normalized by head and rotated, v, and the norms' reciprocal root mean squares.
+
+        `into`: where the new k and v may be left.
+        """
+        if self._fuses_heads and unrecorded((q, k, v, q_norm, k_norm)):
+            return fused_heads.forward(q, k, v, positions, q_norm, k_norm, self._eps, self._theta, into)
+        (q_normed, q_rstd), (k_normed, k_rstd) = self.norm(q, q_norm), self.norm(k, k_norm)
+        return self.rope(q_normed, positions), self.rope(k_normed, positions), v, q_rstd, k_rstd
+
+    def heads_backward(
+        self,
+        cotangents: tuple[Tensor, Tensor, Tensor],
+        q: Tensor,
+        k: Tensor,
+        q_norm: Tensor,
+        k_norm: Tensor,
+        q_rstd: Tensor,
+        k_rstd: Tensor,
+        positions: Tensor,
+    ) -> Tensor:
+        """Gradients (B, T, 3, H, D) of what `heads` was given, from those of its first three results."""
+        given = (q, k, positions, q_norm, k_norm, q_rstd, k_rstd)
+        if self._fuses_heads and unrecorded((*cotangents, *given)):
+            return fused_heads.backward(*cotangents, *given, self._theta)
+        dq, dk, dv = cotangents
+        dq = self.norm_backward(self.rope_backward(dq, q, positions), q, q_norm, q_rstd)
+        dk = self.norm_backward(self.rope_backward(dk, k, positions), k, k_norm, k_rstd)
+        return torch.stack((dq, dk, dv), 2)
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, window: int | None, *, for_backward: bool

@@ -67,10 +67,15 @@ class Reader:
         self._weights: Weights = for_inference(model)
 
     def read(self, tokens: Tensor) -> Tensor:
-        """Reads tokens (B, T), slab by slab; returns their nll."""
+        """Reads tokens (B, T); returns their nll."""
         nll = torch.full(tokens.shape, torch.nan, dtype=torch.float32, device=tokens.device)
         if self._state.last_hidden is not None:
             nll[:, :1] = self._ops.nll(self._state.last_hidden[:, None], self._weights.head, tokens[:, :1])
+        self._read_slabs(tokens, nll)
+        return nll
+
+    def _read_slabs(self, tokens: Tensor, nll: Tensor) -> None:
+        """Reads tokens (B, T), slab by slab; `nll` (B, T) takes those of all but the first."""
         first = self._state.tokens_read
         waiting: deque[tuple[slice, Tensor]] = deque()
         for slab in self._slabs(tokens.shape[1]):
@@ -79,7 +84,6 @@ class Reader:
                 self._read_suffix(tokens, *waiting.popleft(), nll)
         while waiting:
             self._read_suffix(tokens, *waiting.popleft(), nll)
-        return nll
 
     def logits(self) -> Tensor:
         """Logits (B, V) fp32 for the token after the newest."""

@@ -38,7 +38,7 @@ class Recordings:
             try:
                 yield
             finally:
-                # Of both lanes, because what was given up halfway has not brought them together.
+                # Of all lanes, because what was given up halfway has not brought them together.
                 self._used = [lane.mark() for lane in self.lanes]
 
     def run(self, lane: Lane, key: tuple[object, ...], work: Callable[[], None]) -> None:

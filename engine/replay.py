@@ -2,6 +2,9 @@
 
 There is a graph for every place in the windows' memory that tokens are written to. These are few: a window's worth of
 tokens later the same places come again. Nothing in a call waits for the GPU but the check of its tokens.
+
+A mini-batch is a chain of many small kernels, which leave much of a GPU idle, and cannot begin before the one before it
+has been learnt from. So multiprocessors take its blocks of threads first, and those of the slabs ahead in between.
 """
 
 from __future__ import annotations
@@ -60,10 +63,16 @@ class _Rows:
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """See `engine.blocks.Cache`."""
+        for mine, new in zip(self.rows(k.shape[1]), (k, v), strict=True):
+            if mine.data_ptr() != new.data_ptr():
+                mine.copy_(new)
         end = self._start + k.shape[1]
-        self._window.k[:, self._start : end] = k
-        self._window.v[:, self._start : end] = v
         return self._window.k[:, :end], self._window.v[:, :end]
+
+    def rows(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """See `engine.blocks.StaticCache`."""
+        end = self._start + tokens
+        return self._window.k[:, self._start : end], self._window.v[:, self._start : end]
 
 
 def _add_rows(windows: Sequence[Window], tokens: int) -> int:
@@ -84,16 +93,20 @@ class ReplayReader(Reader):
         self._next = 0
         self._written: list[Slot] = []
 
-    def read(self, tokens: Tensor) -> Tensor:
-        """See `Reader.read`."""
-        main, beside = self._space.lanes
-        beside.wait(main.mark())
-        # What comes after waits for the other lane already: for its last slab.
-        return super().read(tokens)
+    def _read_slabs(self, tokens: Tensor, nll: Tensor) -> None:
+        main, *others = self._space.lanes
+        for lane in others:
+            lane.wait(main.mark())
+        try:
+            super()._read_slabs(tokens, nll)
+        finally:
+            # Of what was given up halfway too: the caller's memory is used until then.
+            for lane in others:
+                main.wait(lane.mark())
 
     def _read_prefix(self, tokens: Tensor, first: int) -> Tensor:
         space, state, length = self._space, self._state, tokens.shape[1]
-        lane = space.lanes.beside
+        lane = space.lanes.last
         slot = space.slots[self._next % len(space.slots)]
         self._next += 1
         self._written.append(slot)
@@ -113,10 +126,11 @@ class ReplayReader(Reader):
         return slot.x[:, :length]
 
     def _read_suffix(self, tokens: Tensor, slab: slice, x: Tensor, nll: Tensor) -> None:
-        lane, slot = self._space.lanes.main, self._written.pop(0)
-        lane.wait(slot.ready)
-        super()._read_suffix(tokens, slab, x, nll)
-        slot.free = lane.mark()
+        lane, slot = self._space.lanes.first, self._written.pop(0)
+        with lane.active():
+            lane.wait(slot.ready)
+            super()._read_suffix(tokens, slab, x, nll)
+            slot.free = lane.mark()
 
     def _read_mini_batch(self, tokens: Tensor, x: Tensor, known: Tensor, nll: Tensor) -> None:
         state, space = self._state, self._space
@@ -128,7 +142,7 @@ class ReplayReader(Reader):
                 self._replay("look", x, state.tokens_read, targets)
                 state.add_pending(tokens, x)
             nll[:] = space.nll[:, : known.shape[1]]
-            state.last_hidden = space.last_hidden.clone()
+            state.last_hidden = space.last_hidden
 
     def _read_again(self, x: Tensor, first: int, targets: Tensor) -> None:
         self._replay("step", x, first, targets)
@@ -141,7 +155,7 @@ class ReplayReader(Reader):
         torch.arange(first, first + x.shape[1], out=space.own_positions)
         start = _add_rows(self._state.suffix, x.shape[1])
         work = self._learn if kind == "step" else self._only_look
-        space.run(space.lanes.main, (kind, start), partial(work, start))
+        space.run(space.lanes.first, (kind, start), partial(work, start))
 
     def _slab(self, start: int) -> None:
         """The prefix blocks' work on a slab whose keys and values go to rows from `start` on."""

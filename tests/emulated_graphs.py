@@ -4,8 +4,8 @@ A recording keeps torch's operations with the tensors that they were given, and 
 memory, without any Python in between: as a CUDA graph does. What an operation was given as a number is what it was when
 it was recorded. Nothing is changed by being recorded, and whoever asks what a tensor holds while it is, is refused.
 
-Operations of both lanes run at once, in the order in which they are given. But each lane has a clock, and a mark tells
-what its lane's is: an operation that touches memory which the other lane has written, or writes what it has read, while
+Operations of all lanes run at once, in the order in which they are given. But each lane has a clock, and a mark tells
+what its lane's is: an operation that touches memory which another lane has written, or writes what it has read, while
 this lane has waited for no mark behind that, is a race.
 """
 
@@ -36,13 +36,14 @@ class Emulation(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.lane = "main"
-        self.clocks: dict[str, Clock] = {"main": {}, "beside": {}}
+        self.clocks: dict[str, Clock] = {name: {} for name in Lanes._fields}
         self.replays = 0
         self._recording: _Recording | None = None
         self._written: dict[int, tuple[str, int]] = {}
         self._read: dict[int, Clock] = {}
         # So that no later memory has their addresses.
         self._seen: dict[int, Any] = {}
+        self._host: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._recording is not None:
@@ -53,7 +54,7 @@ class Emulation(TorchDispatchMode):
 
     def lanes(self, device: torch.device) -> Lanes:
         """As `engine.graphs.lanes`."""
-        return Lanes(_Lane(self, "main"), _Lane(self, "beside"))
+        return Lanes(*(_Lane(self, name) for name in Lanes._fields))
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """As `engine.graphs.Lane.record`."""
@@ -74,6 +75,10 @@ class Emulation(TorchDispatchMode):
                     operation.again()
 
         return replay
+
+    def on_host(self, t: Tensor) -> None:
+        """Tells of a tensor whose memory is the processor's, where nothing runs beside anything."""
+        self._host[_memory(t)] = t.untyped_storage()
 
     def call(self, func: Callable[..., Any], *args: Any) -> Any:
         """Runs a kernel that is none of torch's operations, which is recorded like one; it may change its arguments."""
@@ -97,6 +102,8 @@ class Emulation(TorchDispatchMode):
             self._touch(t, key, operation, now, writes=key in operation.written)
 
     def _touch(self, t: Tensor, key: int, operation: _Operation, now: int, *, writes: bool) -> None:
+        if key in self._host:
+            return
         clock = self.clocks[self.lane]
         if key not in self._seen:
             self._seen[key] = t.untyped_storage()

@@ -22,6 +22,7 @@ from ttt_kernels.clipped_sgd import triton as clipped_sgd
 from ttt_kernels.linear_ce import triton as of_cross_entropy
 from ttt_kernels.linear_ce.blockwise import Block
 from ttt_kernels.rms_norm import triton as rms_norm
+from ttt_kernels.rope import heads as of_heads
 from ttt_kernels.rope import triton as rope
 from ttt_kernels.swa import triton as kernels
 from ttt_kernels.swa import triton_jvp as with_tangents
@@ -143,6 +144,17 @@ def rotations() -> None:
             rope.backward(x, x, given, 1e4, interleaved, (True,))
 
 
+def branches() -> None:
+    """Queries, keys and values of heads of several sizes, to memory of their own and into a cache, and back."""
+    for sizes, dtype in (((2, 20, 3, 6, 64), torch.bfloat16), ((1, 1, 3, 1, 80), torch.float16)):
+        q, k, v = torch.zeros(sizes, dtype=dtype).unbind(2)
+        positions, weight = torch.arange(sizes[1]), torch.ones(sizes[-1])
+        rows = torch.zeros(sizes[0], 3 + sizes[1], *sizes[3:], dtype=dtype)[:, 3:]
+        for into in (None, (rows, rows)):
+            *found, q_rstd, k_rstd = of_heads.forward(q, k, v, positions, weight, weight, 1e-6, 1e4, into)
+            of_heads.backward(*found, q, k, positions, weight, weight, q_rstd, k_rstd, 1e4)
+
+
 def steps() -> None:
     """All orders of clipped SGD and the step in place: tuples of one and more, rates as numbers and in memory."""
     on_gpu = patch.object(clipped_sgd, "number", lambda value: value)
@@ -187,6 +199,6 @@ if __name__ == "__main__":
         # On a GPU products have the type of their factors.
         patch.object(matmul, "has_native", lambda _: True),
     ):
-        for launches in (attention, norms, rotations, steps, swiglu_and_linear_ce):
+        for launches in (attention, norms, rotations, branches, steps, swiglu_and_linear_ce):
             launches()
     print("launched")

@@ -39,7 +39,9 @@ LAST, ABSENT = "test_gradients_of_the_last_keys_only", "test_queries_without_key
 N_KERNELS, N_LOCATED, N_LAUNCH = (
     f"ttt_kernels/rms_norm/triton{name}.py" for name in ("_kernels", "_located", "")
 )
-R_KERNELS, R_ANGLES, R_LAUNCH = (f"ttt_kernels/rope/triton{name}.py" for name in ("_kernels", "_angles", ""))
+R_KERNELS, R_ANGLES, R_HEADS, R_LAUNCH = (
+    f"ttt_kernels/rope/triton{name}.py" for name in ("_kernels", "_angles", "_heads", "")
+)
 C_KERNELS, C_SUMS, C_TUPLES, C_CALL = (
     f"ttt_kernels/clipped_sgd/triton_{name}.py" for name in ("kernels", "sums", "tuples", "call")
 )
@@ -96,6 +98,8 @@ class Mutation(NamedTuple):
             return "tests/test_meta_gradient.py"
         if folders == ["ttt_kernels"] or self.test in (TWIN, SLOPE, ATTENTION_TWIN, NORM_TWIN):
             return "tests/test_every_operator.py"
+        if self.file == R_HEADS:
+            return "tests/test_rope_heads.py"
         if self.file == GRID:
             return "tests/test_cuda_on_host.py"
         if self.test == FASTER:
@@ -239,14 +243,15 @@ MUTATIONS = (
     Mutation("replay: a slot is not waited for to be free", REPLAY, "                lane.wait(slot.free)",
              "                pass", REPLAYED),
     Mutation("replay: a slab is not waited for", REPLAY, "lane.wait(slot.ready)", "pass", REPLAYED),
-    Mutation("replay: the tokens are not waited for", REPLAY, "beside.wait(main.mark())", "pass", REPLAYED),
+    Mutation("replay: the tokens are not waited for", REPLAY, "lane.wait(main.mark())", "pass", REPLAYED),
+    Mutation("replay: the caller does not wait", REPLAY, "main.wait(lane.mark())", "pass", REPLAYED),
     Mutation("replay: targets of the recording", REPLAY, "space.targets.copy_(targets)", "space.targets = targets",
              REPLAYED),
     Mutation("replay: hidden states of the recording", REPLAY, "space.x.copy_(x)", "space.x = x", REPLAYED),
     Mutation("replay: positions of the recording", REPLAY,
              "torch.arange(first, first + x.shape[1], out=space.own_positions)", "pass", REPLAYED),
-    Mutation("replay: all mini-batches at the first one's rows", REPLAY, "space.run(space.lanes.main, (kind, start)",
-             "space.run(space.lanes.main, (kind, 0)", REPLAYED),
+    Mutation("replay: all mini-batches at the first one's rows", REPLAY, "space.run(space.lanes.first, (kind, start)",
+             "space.run(space.lanes.first, (kind, 0)", REPLAYED),
     Mutation("replay: the next user does not wait", RECORDINGS, "self.lanes.main.wait(mark)", "pass",
              "test_a_failed_call"),
     Mutation("replay: rows move onto themselves", WINDOW, "2 * k.shape[1] > self.length", "False", REPLAYED),
@@ -422,6 +427,14 @@ MUTATIONS = (
              "(b_position.to(tl.float32)[:, None] * b_quarters[None, :].to(tl.float32)).to(tl.float64)", ANGLES),
     Mutation("Triton: rope, positions of the first sequence", R_LAUNCH,
              "positions.stride(0) if positions.dim() == 2 else 0", "0", BUDGET),
+    Mutation("Triton: heads, keys have queries' weight", R_HEADS, "b_heads[i][1], b_wk,", "b_heads[i][1], b_wq,",
+             "test_forward"),
+    Mutation("Triton: heads, the backward turns forward", R_HEADS, "b_cos, -b_sin", "b_cos, b_sin", "test_backward"),
+    Mutation("Triton: heads, a norm without its mean's gradient", R_HEADS, " - b_h * _mean(b_dh * b_h, D)", "",
+             "test_backward"),
+    Mutation("Triton: heads, reciprocals of the first sequence", R_HEADS,
+             "tl.load(p_rstd + ((sequence * T + b_t)", "tl.load(p_rstd + ((b_t)", "test_backward"),
+    Mutation("replay: keys that are not there are not copied", REPLAY, "mine.copy_(new)", "pass", REPLAYED),
     Mutation("Triton: SGD, squares in float32", C_SUMS, "b_gg += b_g * b_g",
              "b_gg += (b_g.to(tl.float32) * b_g.to(tl.float32)).to(tl.float64)", "test_norm_of_extreme"),
     Mutation("Triton: SGD, the threshold in float32", C_SUMS, "threshold = number(max_norm)",

@@ -130,7 +130,7 @@ def test_every_kernel_is_listed() -> None:
         "swiglu": ("gate_and_up", *orders),
         "linear_ce": ("online", "d_logits", "second"),
         "rms_norm": (*orders, "jvp_backward", "total"),
-        "rope": ("rotate",),
+        "rope": ("rotate", "heads_forward", "heads_backward"),
         "clipped_sgd": ("products", "step", "backward", "double_backward", "of_rate"),
     }
     assert set(done.stdout.split()) == {f"{o}.{name}" for o, names in kernels.items() for name in names}

@@ -32,6 +32,13 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Emulation:
     monkeypatch.setattr(graphs, "lanes", emulation.lanes)
     monkeypatch.setattr(Ops, "recordable", property(lambda self: True))
     monkeypatch.setattr("engine.state.SLAB", 16)
+    reset = State.reset
+
+    def made(state: State) -> None:
+        reset(state)
+        emulation.on_host(state.position)
+
+    monkeypatch.setattr(State, "reset", made)
     return emulation
 
 
@@ -211,7 +218,7 @@ def test_numbers_are_those_of_the_recording(device: Emulation) -> None:
 
 
 def test_races_are_found(device: Emulation) -> None:
-    main, beside = device.lanes(torch.device("cpu"))
+    main, beside, _ = device.lanes(torch.device("cpu"))
     with device:
         x = torch.ones(3)
         with pytest.raises(AssertionError, match="race"), beside.active():

@@ -355,7 +355,12 @@ def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
 
 def _plain_tensors(tensors: Sequence[Tensor]) -> bool:
     """Whether nothing records, traces or transforms these tensors, and memory holds their values as they are."""
-    if torch._C._len_torch_dispatch_stack() or in_transform(tensors):
+    return not torch._C._len_torch_dispatch_stack() and unrecorded(tensors)
+
+
+def unrecorded(tensors: Sequence[Tensor]) -> bool:
+    """As `_plain_tensors`, for kernels that are no part of an operator: who watches torch's operations sees others."""
+    if torch.compiler.is_compiling() or in_transform(tensors):
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False

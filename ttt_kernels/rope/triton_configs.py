@@ -34,3 +34,22 @@ def _compiled(pairs: int, heads: int) -> tuple[Config, ...]:
 
 def _config(positions: int, pairs: int, heads: int, warps: int) -> Config:
     return Config((("POSITIONS", positions), ("PAIRS", pairs), ("HEADS", heads)), warps, 1)
+
+
+WIDEST_HEAD = 256
+"""The largest head dimension of which a program has queries, keys and values of a position at once."""
+
+
+def configs_of_heads(head_dim: int, heads: int) -> tuple[Config, ...]:
+    """With what the kernels of triton_heads.py can be launched, the safest first; as `configs`."""
+    pairs = padded_pairs(head_dim)
+    return (_config(4, pairs, min(2, heads), 1),) if interpreted() else _compiled_of_heads(pairs, heads)
+
+
+@cache
+def _compiled_of_heads(pairs: int, heads: int) -> tuple[Config, ...]:
+    found = []
+    for warps, most in ((4, 2), (4, 4), (4, 1)):
+        positions = max(1, warps * 32 * 4 // pairs)
+        found.append(_config(positions, pairs, min(most, 1 << (heads - 1).bit_length()), warps))
+    return tuple(dict.fromkeys(found))
