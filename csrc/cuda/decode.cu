@@ -8,9 +8,9 @@
 // third to read what other blocks have written, and norms. A kernel for each stage would leave memory idle
 // for that long; so would a kernel that reads weights when it can use them. Here rings in shared memory
 // (decode_weights.h) of up to 192 KB on each of 132 multiprocessors hold the next 21 MB or more, which take
-// memory 5 us. They are filled by the unit that copies in bulk, so that neither a fence nor what a block
-// reads behind a barrier waits for them in line. Keys and values, of a full window of 8192 another 84 MB a
-// layer, are read when the queries are there, by as many blocks as there are pieces of them.
+// memory 5 us. From sm_90 on they are filled by the unit that copies in bulk, so that neither a fence nor
+// what a block reads behind a barrier waits for them in line. Keys and values, of a full window of 8192
+// another 84 MB a layer, are read when the queries are there, by as many blocks as there are pieces of them.
 //
 // A sixth barrier a layer is spared by having all blocks join the pieces of attention; norms, residual sums
 // and rotations are computed wherever they are needed rather than once. What all blocks read for it is small:

@@ -246,6 +246,9 @@ class Scheduler {
         barrier.missing = barrier.arrivals;
         barrier.parity ^= 1;
         happened_ = true;
+        // Who looks for it may see it before others of this thread's warp have come as far.
+        for (Fiber* fiber : looking_) ready_.insert(fiber->rank);
+        looking_.clear();
     }
 
     template <class T>
