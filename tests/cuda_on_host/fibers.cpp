@@ -31,8 +31,9 @@ namespace {
 constexpr size_t kStack = 256 * 1024;
 constexpr size_t kCanary = 64;  // bytes behind the shared memory of a block, which no thread may write
 constexpr unsigned char kPoison = 0xff;
-// A thread that only looks while nobody else does anything will do so for ever.
-constexpr int kPatience = 10000;
+// A thread that only looks while nobody else does anything will do so for ever. A warp's exchanges are
+// nothing: whole warps look, and tell each other what they have seen.
+constexpr int kPatience = 1000;
 
 struct Block;
 
@@ -165,7 +166,6 @@ class Scheduler {
             taker.votes = votes;
             ready_.insert(lane_of(lane).rank);
         }
-        happened_ = true;
     }
 
     void yield() {
