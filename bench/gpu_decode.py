@@ -20,7 +20,7 @@ SLACK = 3.0
 
 
 def measure(context: Context, preset: str) -> dict[str, Any]:
-    """The median time of a greedy step between two inner steps, and the weights' bytes that it reads."""
+    """The median time of a greedy step in runs between two inner steps, and the weights' bytes that it reads."""
     config = TTTConfig.preset(preset, compute_dtype=context.dtype)
     model = context.model(config, context.torch_dtype)
     check = checked(context, model)

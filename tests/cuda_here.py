@@ -38,10 +38,13 @@ class OnHost:
         self.library = ctypes.CDLL(str(file))
         self.library.last_error.restype = ctypes.c_char_p
 
-    def arrange(self, order: int = 0, processors: int = 3) -> None:
-        """Chooses the order of threads and the multiprocessors that the device is said to have."""
+    def arrange(self, order: int = 0, processors: int = 3, *, in_bulk: bool = True) -> None:
+        """Chooses the order of threads, the multiprocessors that the device is said to have, and whether they have
+        a unit that copies in bulk.
+        """
         self.library.set_order(order)
         self.library.set_processors(processors)
+        self.library.set_copies_in_bulk(in_bulk)
 
 
 def build(folder: Path) -> OnHost:

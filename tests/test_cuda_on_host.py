@@ -73,6 +73,21 @@ def test_a_missing_barrier_of_the_grid_shows(cuda_on_host: OnHost, order: int) -
     assert not torch.allclose(buffers[1], rounds(values, 5))
 
 
+@pytest.mark.parametrize("in_bulk", [True, False])
+@pytest.mark.parametrize("order", ORDERS)
+def test_copies_to_shared_memory(cuda_on_host: OnHost, order: int, in_bulk: bool) -> None:
+    values = draw(64, seed=0).float()
+    cuda_on_host.arrange(order, in_bulk=in_bulk)
+    out = torch.empty_like(values)
+    assert cuda_on_host.library.run_copied(at(values), at(out), 1) == 0
+    assert torch.equal(out, values)
+    # In one order they have come before anybody looks.
+    if order != 1:
+        status = cuda_on_host.library.run_copied(at(values), at(out), 0)
+        assert "without having waited for a copy" in message(cuda_on_host, status)
+        assert out.isnan().any()
+
+
 def test_a_cooperative_launch_has_to_be_resident(cuda_on_host: OnHost) -> None:
     cuda_on_host.arrange(processors=2)
     values = torch.zeros(200)
@@ -88,10 +103,15 @@ def test_a_cooperative_launch_has_to_be_resident(cuda_on_host: OnHost) -> None:
         (2, "written beyond the block's dynamic shared memory"),
         (3, "a vector is not where its size demands"),
         (4, "look for what no other thread will write"),
+        (5, "a barrier is used that nobody has made"),
+        (6, "more threads arrive at a barrier than it was made for"),
+        (7, "a thread has ended with copies that nobody waits for"),
+        (8, "a copy's size is no multiple of 16 bytes"),
     ],
 )
 def test_faults_are_found(cuda_on_host: OnHost, what: int, problem: str) -> None:
     memory = torch.zeros(64)
+    cuda_on_host.arrange()
     status = cuda_on_host.library.run_faulty(what, at(memory), 32, ctypes.c_ulong(16))
     found = message(cuda_on_host, status)
     assert any(p in found for p in problem.split("|")), found

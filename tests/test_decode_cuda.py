@@ -40,7 +40,7 @@ Result = tuple[Tensor, Tensor, Tensor]
 class Device:
     """Where the kernel runs, and how to change what must not matter there."""
 
-    def __init__(self, name: str, arrange: Callable[[int, int], None]) -> None:
+    def __init__(self, name: str, arrange: Callable[..., None]) -> None:
         self.name, self.arrange = name, arrange
 
     def step(self, stack: Stack, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> Result:
@@ -61,7 +61,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     if request.param == "gpu":
         if "cuda" not in available():
             pytest.skip(str(backends()["cuda"]["reason"]))
-        yield Device("cuda", lambda order, processors: None)
+        yield Device("cuda", lambda order, processors, in_bulk=True: None)
         return
     on_host: OnHost = request.getfixturevalue("built_cuda_on_host")
     with pytest.MonkeyPatch.context() as patch:
@@ -99,13 +99,14 @@ def test_within_budget(
     counts=st.tuples(st.integers(1, 250), st.integers(1, 40)),
     order=st.sampled_from(ORDERS),
     processors=st.integers(1, 4),
+    in_bulk=st.booleans(),
 )
 def test_any_shape(
     device: Device, shape: tuple[int, int, int], sizes: tuple[int, int], dtype: torch.dtype, spread: bool,
-    fast: int, counts: tuple[int, int], order: int, processors: int,
+    fast: int, counts: tuple[int, int], order: int, processors: int, in_bulk: bool,
 ) -> None:  # fmt: skip
     """`shape`: sequences, heads and their width; `sizes`: intermediate and vocabulary."""
-    device.arrange(order, processors)
+    device.arrange(order, processors, in_bulk=in_bulk)
     stack = make_stack(*shape, *sizes, capacities=(252, 40), fast_layers=fast, spread=spread)
     assert_agrees(device.step, stack, dtype, (counts[0] + 1, counts[1] - 1), counts)
 
@@ -133,6 +134,15 @@ def test_rows_of_several_warps(device: Device, order: int) -> None:
     assert_agrees(device.step, stack, torch.float32, (8, 3), (5, 4))
 
 
+@pytest.mark.parametrize("in_bulk", [True, False])
+@pytest.mark.parametrize("order", ORDERS)
+def test_rows_of_several_segments(device: Device, order: int, in_bulk: bool) -> None:
+    """Rows are copied in parts, more than a ring has slots for, and the last is short."""
+    device.arrange(order, 1, in_bulk=in_bulk)
+    stack = make_stack(heads=1, head_dim=8, intermediate=2600, capacities=(5,), fast_layers=0)
+    assert_agrees(device.step, stack, torch.float32, (4,), (3,))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rounds_where_separate_operators_would(device: Device, dtype: torch.dtype) -> None:
     """Mostly the bits of the plain formulas at the same dtype: a sum in another order seldom rounds to another number,
@@ -157,11 +167,12 @@ def test_rounds_where_separate_operators_would(device: Device, dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_for_any_grid_order_and_neighbours(device: Device, dtype: torch.dtype) -> None:
+    """And for copies of weights in bulk and by threads."""
     stack = cast(make_stack(batch=5, heads=2, head_dim=8, intermediate=24, capacities=(500, 20)), dtype)
     token, visible = make_token(stack, dtype), seen((480, 11), (400, 12))
 
     def run(sequences: Sequence[int], order: int, processors: int) -> Result:
-        device.arrange(order, processors)
+        device.arrange(order, processors, in_bulk=processors % 2 == 1)
         own = map_stack(stack, lambda name, t: t[list(sequences)] if name in PER_SEQUENCE else t.clone())
         return device.step(own, *map_token(token, lambda t: t[list(sequences)]), visible)
 

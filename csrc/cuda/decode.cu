@@ -7,9 +7,10 @@
 // product to the first of the next it takes a barrier, which is two ways to the second cache and back, a
 // third to read what other blocks have written, and norms. A kernel for each stage would leave memory idle
 // for that long; so would a kernel that reads weights when it can use them. Here rings in shared memory
-// (decode_weights.h) of up to 192 KB on each of 132 multiprocessors hold the next 26 MB, which take memory
-// 6 us. Keys and values, of a full window of 8192 another 84 MB a layer, are read when the queries are there,
-// by as many blocks as there are pieces of them.
+// (decode_weights.h) of up to 192 KB on each of 132 multiprocessors hold the next 21 MB or more, which take
+// memory 5 us. From sm_90 on they are filled by the unit that copies in bulk, so that neither a fence nor
+// what a block reads behind a barrier waits for them in line. Keys and values, of a full window of 8192
+// another 84 MB a layer, are read when the queries are there, by as many blocks as there are pieces of them.
 //
 // A sixth barrier a layer is spared by having all blocks join the pieces of attention; norms, residual sums
 // and rotations are computed wherever they are needed rather than once. What all blocks read for it is small:
@@ -30,34 +31,52 @@ namespace {
 
 constexpr int64_t kMostSequences = 8;
 constexpr int64_t kWidest = kThreads * kOctet, kWidestHead = kWarp * kOctet;
-// How many slots rings may have, the most that there is room for.
-constexpr int kSlots[] = {16, 14, 12, 10, 8, 7, 6, 5, 4, 3, 2};
+// Bytes of a row that are copied at once: the most of which there is room for four slots a warp, or two of
+// the fewest. They are multiples of what a warp takes of a row in a turn, so that no sum depends on them.
+constexpr int kSegments[] = {2048, 1024, 512}, kSlots = 4, kFewestSlots = 2;
 
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads, 1) decode(const __grid_constant__ Step<T> step) {
+__global__ void __launch_bounds__(kAllThreads, 1) decode(const __grid_constant__ Step<T> step) {
     unsigned char* const shared = dynamic_shared();
     const Layout layout(step.n_layers, N, step.d, step.heads, step.intermediate, sizeof(T), 0);
     // The tables are read again and again, by who should not wait.
     const auto copy = [&](const void* from, int to, int bytes) {
-        for (int i = static_cast<int>(threadIdx.x) * 8; i < bytes; i += kThreads * 8)
+        for (int i = static_cast<int>(threadIdx.x) * 8; i < bytes; i += kAllThreads * 8)
             *reinterpret_cast<int64_t*>(shared + to + i) =
                 *reinterpret_cast<const int64_t*>(static_cast<const unsigned char*>(from) + i);
     };
     copy(step.layers, 0, layout.visible);
     copy(step.visible, layout.visible, layout.sums - layout.visible);
+    const Rings<kRows<N>> rings(shared + layout.rings, step.slots, step.segment);
+    if (threadIdx.x == 0) rings.make();
     __syncthreads();
-    Block<T, N>(step, shared, layout).run();
+    const Shape shape{reinterpret_cast<const Layer*>(shared),
+                      step.head,
+                      step.n_layers,
+                      step.batch,
+                      step.d,
+                      step.intermediate,
+                      step.vocab};
+    if (threadIdx.x < kThreads)
+        Block<T, N>(step, shape, shared, layout).run(rings);
+    else
+        Asking<T, kRows<N>>(shape, rings).run();
 }
 
-// How many slots the rings have, or 0 if there is no room for two.
+// Slots of a warp's ring and bytes of a row that one has; no slots if there is no room for them.
+struct RingSize {
+    int slots, segment;
+};
 template <class T, int N>
-int slots_of(int64_t n_layers, int64_t d, int64_t heads, int64_t intermediate) {
+RingSize ring_size(int64_t n_layers, int64_t d, int64_t heads, int64_t intermediate) {
     const Layout layout(static_cast<int>(n_layers), N, static_cast<int>(d), static_cast<int>(heads),
                         static_cast<int>(intermediate), sizeof(T), 0);
-    const int most = most_shared("decode");
-    for (const int slots : kSlots)
-        if (layout.bytes + slots * Weights<T, kRows<N>>::kSlotBytes <= most) return slots;
-    return 0;
+    const int room = most_shared("decode") - layout.bytes;
+    for (const int segment : kSegments) {
+        const int slots = room / Rings<kRows<N>>::bytes(1, segment);
+        if (slots >= (segment == kSegments[2] ? kFewestSlots : kSlots)) return {slots, segment};
+    }
+    return {0, 0};
 }
 
 // Calls f with a value of the element type and the number of sequences that a kernel is made for.
@@ -87,7 +106,7 @@ int64_t decode_scratch_bytes(Dtype dtype, int64_t n_layers, int64_t batch, int64
     if (batch > kMostSequences || d > kWidest || d / heads > kWidestHead) return bytes;
     dispatch_step(dtype, batch, [&](auto element, auto sequences) {
         using T = decltype(element);
-        if (!slots_of<T, sequences>(n_layers, d, heads, intermediate)) return;
+        if (!ring_size<T, sequences>(n_layers, d, heads, intermediate).slots) return;
         Step<T> step{};
         step.batch = static_cast<int>(batch);
         step.d = static_cast<int>(d);
@@ -125,13 +144,16 @@ void decode_step(Dtype dtype, const int64_t* layers, const int64_t* visible, int
         step.intermediate = static_cast<int>(intermediate);
         step.vocab = static_cast<int>(vocab);
         step.eps = static_cast<float>(eps);
-        step.slots = slots_of<T, N>(n_layers, d, heads, intermediate);
+        const RingSize ring = ring_size<T, N>(n_layers, d, heads, intermediate);
+        step.slots = ring.slots;
+        step.segment = ring.segment;
         place(step, scratch);
         const Layout layout(step.n_layers, N, step.d, step.heads, step.intermediate, sizeof(T),
-                            step.slots * Weights<T, kRows<N>>::kSlotBytes);
+                            Rings<kRows<N>>::bytes(ring.slots, ring.segment));
         const size_t shared = static_cast<size_t>(layout.bytes);
-        const int blocks = resident_blocks("decode", decode<T, N>, kThreads, shared);
-        launch("decode", decode<T, N>, {static_cast<unsigned>(blocks), kThreads, shared, true}, stream, step);
+        const int blocks = resident_blocks("decode", decode<T, N>, kAllThreads, shared);
+        launch("decode", decode<T, N>, {static_cast<unsigned>(blocks), kAllThreads, shared, true}, stream,
+               step);
     });
 }
 

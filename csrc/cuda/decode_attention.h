@@ -94,17 +94,21 @@ __device__ inline Weighted attend(const Keys<T>& keys, const float* query, int h
 #pragma unroll
         for (int e = 0; e < kOctet; ++e) q[e] = query[i + e];
     Weighted sum;
+    const T* key = keys.key + first * keys.key_stride + i;
+    const T* value = keys.value + first * keys.value_stride + i;
+    const int64_t key_step = apart * keys.key_stride, value_step = apart * keys.value_stride;
     // All lanes of the warp take part in every turn, with keys or without.
+    const int turns = divide_up(keys.count, kKeys * apart);
+    int left = keys.count - first;
 #pragma unroll 1
-    for (int from = 0; from < keys.count; from += kKeys * apart) {
+    for (int turn = 0; turn < turns; ++turn, left -= kKeys * apart) {
         Octet<T> k[kKeys], v[kKeys];
 #pragma unroll
-        for (int u = 0; u < kKeys; ++u) {
-            const int64_t j = from + first + u * apart;
+        for (int u = 0; u < kKeys; ++u, key += key_step, value += value_step) {
             k[u] = v[u] = Octet<T>{};
-            if (own && j < keys.count) {
-                k[u] = load_octet<kStreamed>(keys.key + j * keys.key_stride + i);
-                v[u] = load_octet<kStreamed>(keys.value + j * keys.value_stride + i);
+            if (own && u * apart < left) {
+                k[u] = load_octet<kStreamed>(key);
+                v[u] = load_octet<kStreamed>(value);
             }
         }
         float scores[kKeys] = {};
@@ -123,11 +127,11 @@ __device__ inline Weighted attend(const Keys<T>& keys, const float* query, int h
         float now = sum.largest;
 #pragma unroll
         for (int u = 0; u < kKeys; ++u)
-            if (from + first + u * apart < keys.count && scores[u] * scale > now) now = scores[u] * scale;
+            if (u * apart < left && scores[u] * scale > now) now = scores[u] * scale;
         sum.rescale(now);
 #pragma unroll
         for (int u = 0; u < kKeys; ++u) {
-            if (from + first + u * apart >= keys.count) continue;
+            if (u * apart >= left) continue;
             const float p = softmax_weight(scores[u], scale, now);
             float wide[kOctet];
             widen(v[u], wide);
@@ -178,7 +182,7 @@ __device__ inline void attend_piece(const Keys<T>& keys, int head_dim, float sca
         softmax_of_warps[2 * warp] = own.largest;
         softmax_of_warps[2 * warp + 1] = own.total;
     }
-    __syncthreads();
+    Together{}();
     // Every lane has the factor of one warp.
     const float largest = lane < kWarps ? softmax_of_warps[2 * lane] : -HUGE_VALF;
     const float now = warp_reduce(largest, Max{});

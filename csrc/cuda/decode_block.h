@@ -19,37 +19,29 @@ constexpr int kRows = N <= 2 ? 2 : 4;
 template <class T, int N>
 class Block {
   public:
-    __device__ Block(const Step<T>& step, unsigned char* shared, const Layout& layout)
+    __device__ Block(const Step<T>& step, const Shape& shape, unsigned char* shared, const Layout& layout)
         : s(step),
-          shape_{reinterpret_cast<const Layer*>(shared),
-                 step.head,
-                 step.n_layers,
-                 step.batch,
-                 step.d,
-                 step.intermediate,
-                 step.vocab},
+          shape_(shape),
           visible_(reinterpret_cast<const int64_t*>(shared + layout.visible)),
           sums_(reinterpret_cast<float*>(shared + layout.sums)),
           x_(reinterpret_cast<T*>(shared + layout.x)),
           operand_(reinterpret_cast<T*>(shared + layout.operand)),
-          ring_(shared + layout.ring),
           mine_(static_cast<int>(threadIdx.x) * kOctet) {}
 
-    __device__ void run() {
-        Weights<T, kRows<N>> weights(shape_, ring_, s.slots);
+    __device__ void run(const Rings<kRows<N>>& rings) {
+        Weights<T, kRows<N>> weights(rings);
         int layer = 0, kind = kQkv;
 #pragma unroll 1
         do {
-            const Product product = shape_.product(layer, kind);
             const bool normalizes = kind == kQkv || kind == kFastGates || kind == kGates;
             // Of constants, memory may as well be read before the barrier.
             float post[kOctet], norm[kOctet];
             if (normalizes && mine_ < s.d) read_norms(layer, kind, post, norm);
             const bool is_first = layer == 0 && kind == kQkv;
-            if (!is_first) grid_barrier(s.counter);
+            if (!is_first) grid_barrier(s.counter, Together{});
             if (kind == kOut) {
                 attention(layer);
-                grid_barrier(s.counter);
+                grid_barrier(s.counter, Together{});
                 join_attention(layer);
             } else if (normalizes) {
                 if (is_first)
@@ -62,7 +54,8 @@ class Block {
             } else {
                 read_gated();
             }
-            __syncthreads();
+            Together{}();
+            const Product product = shape_.product(layer, kind);
             const auto emit = [&](int b, int row, float sum, float other) {
                 write(layer, kind, product, b, row, sum, other);
             };
@@ -103,50 +96,57 @@ class Block {
     // The elements of a row that begin with mine_ are this thread's, in all that follows.
 
     __device__ void begin() {
-#pragma unroll
+#pragma unroll 2
         for (int b = 0; b < N; ++b) {
-            squares_[b] = 0;
-            if (b >= s.batch || mine_ >= s.d) continue;
-            const Octet<T> own = load_octet<kStreamed>(s.x + b * s.d + mine_);
-            store_octet(x_ + b * s.d + mine_, own);
-            add_squares(own, b);
+            if (b >= s.batch) continue;
+            Octet<T> own{};
+            if (mine_ < s.d) {
+                own = load_octet<kStreamed>(s.x + b * s.d + mine_);
+                store_octet(x_ + b * s.d + mine_, own);
+            }
+            leave_squares(b, own);
         }
     }
 
     // x += rms_norm(out). In the meantime out is where the operand will be.
     __device__ void add_normalized(const float (&weight)[kOctet]) {
-#pragma unroll
+#pragma unroll 2
         for (int b = 0; b < N; ++b) {
-            squares_[b] = 0;
-            if (b >= s.batch || mine_ >= s.d) continue;
-            const Octet<T> change = load_octet<kWritten>(s.out + b * s.d + mine_);
-            store_octet(operand_ + b * s.d + mine_, change);
-            add_squares(change, b);
+            if (b >= s.batch) continue;
+            Octet<T> change{};
+            if (mine_ < s.d) {
+                change = load_octet<kWritten>(s.out + b * s.d + mine_);
+                store_octet(operand_ + b * s.d + mine_, change);
+            }
+            leave_squares(b, change);
         }
-        sum_squares();
-#pragma unroll
+        const float* const squares = squares_of_warps();
+#pragma unroll 2
         for (int b = 0; b < N; ++b) {
-            const float r = inverse_rms(squares_[b], s.d, s.eps);
-            squares_[b] = 0;
-            if (b >= s.batch || mine_ >= s.d) continue;
-            float sum[kOctet], added[kOctet];
-            widen(load_octet<kShared>(x_ + b * s.d + mine_), sum);
-            widen(load_octet<kShared>(operand_ + b * s.d + mine_), added);
+            if (b >= s.batch) continue;
+            const float r = inverse_rms(sum_of_squares(squares, b), s.d, s.eps);
+            Octet<T> own{};
+            if (mine_ < s.d) {
+                float sum[kOctet], added[kOctet];
+                widen(load_octet<kShared>(x_ + b * s.d + mine_), sum);
+                widen(load_octet<kShared>(operand_ + b * s.d + mine_), added);
 #pragma unroll
-            for (int e = 0; e < kOctet; ++e) sum[e] += normalized<T>(added[e], r, weight[e]);
-            const Octet<T> own = narrow<T>(sum);
-            store_octet(x_ + b * s.d + mine_, own);
-            add_squares(own, b);
+                for (int e = 0; e < kOctet; ++e) sum[e] += normalized<T>(added[e], r, weight[e]);
+                own = narrow<T>(sum);
+                store_octet(x_ + b * s.d + mine_, own);
+            }
+            leave_squares(b, own);
         }
     }
 
     // operand = rms_norm(x)
     __device__ void normalize(const float (&weight)[kOctet]) {
-        sum_squares();
-#pragma unroll
+        const float* const squares = squares_of_warps();
+#pragma unroll 2
         for (int b = 0; b < N; ++b) {
-            if (b >= s.batch || mine_ >= s.d) continue;
-            const float r = inverse_rms(squares_[b], s.d, s.eps);
+            if (b >= s.batch) continue;
+            const float r = inverse_rms(sum_of_squares(squares, b), s.d, s.eps);
+            if (mine_ >= s.d) continue;
             float v[kOctet];
             widen(load_octet<kShared>(x_ + b * s.d + mine_), v);
 #pragma unroll
@@ -167,27 +167,26 @@ class Block {
             store_octet(operand_ + i, load_octet<kWritten>(s.gated + i));
     }
 
-    __device__ void add_squares(const Octet<T>& v, int b) {
-        float wide[kOctet];
+    // Sums of squares of rows. There are two places for those of the warps, by turns: who writes the one
+    // again has passed the barrier behind which all have read it.
+    __device__ void leave_squares(int b, const Octet<T>& v) {
+        float wide[kOctet], squares = 0;
         widen(v, wide);
 #pragma unroll
-        for (int e = 0; e < kOctet; ++e) squares_[b] = multiply_add(wide[e], wide[e], squares_[b]);
+        for (int e = 0; e < kOctet; ++e) squares = multiply_add(wide[e], wide[e], squares);
+        squares = warp_reduce(squares, Sum{});
+        const int thread = static_cast<int>(threadIdx.x);
+        if (thread % kWarp == 0) sums_[(place_ * N + b) * kWarps + thread / kWarp] = squares;
     }
-
-    // Over the block. Two places for what warps leave, by turns: who writes the one again has passed the
-    // barrier behind which all have read it.
-    __device__ void sum_squares() {
-        const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-        float* const of_warps = sums_ + (sums_made_++ % 2) * N * kWarps;
-#pragma unroll
-        for (int b = 0; b < N; ++b) {
-            squares_[b] = warp_reduce(squares_[b], Sum{});
-            if (lane == 0) of_warps[b * kWarps + warp] = squares_[b];
-        }
-        __syncthreads();
-#pragma unroll
-        for (int b = 0; b < N; ++b)
-            squares_[b] = warp_reduce(lane < kWarps ? of_warps[b * kWarps + lane] : 0.0f, Sum{});
+    __device__ const float* squares_of_warps() {
+        Together{}();
+        const float* const squares = sums_ + place_ * N * kWarps;
+        place_ ^= 1;
+        return squares;
+    }
+    __device__ static float sum_of_squares(const float* squares, int b) {
+        const int lane = static_cast<int>(threadIdx.x) % kWarp;
+        return warp_reduce(lane < kWarps ? squares[b * kWarps + lane] : 0.0f, Sum{});
     }
 
     // Every piece of every head's keys, by some block. The newest key and value are written by who has them.
@@ -217,7 +216,7 @@ class Block {
                 const int i = mine_ - 2 * kWarp * kOctet;
                 store_octet(v + i, load_octet<kWritten>(qkv + 2 * s.d + i));
             }
-            __syncthreads();
+            Together{}();
             const int64_t back = count - 1 - first;
             const Keys<T> keys{k - back * l.k_key_stride, v - back * l.v_key_stride, l.k_key_stride,
                                l.v_key_stride, newest ? count - first : step};
@@ -249,22 +248,21 @@ class Block {
 #pragma unroll
                 for (int e = 0; e < kOctet; ++e) sum[e] = multiply_add(left, value[e], sum[e]);
             }
+            const float inverse = 1.0f / total;
 #pragma unroll
-            for (int e = 0; e < kOctet; ++e) sum[e] /= total;
+            for (int e = 0; e < kOctet; ++e) sum[e] *= inverse;
             store_octet(operand_ + b * s.d + mine_, narrow<T>(sum));
         }
     }
 
     const Step<T>& s;
-    const Shape shape_;
+    const Shape& shape_;
     const int64_t* const visible_;
     float* const sums_;
     T* const x_;
     T* const operand_;
-    unsigned char* const ring_;
     const int mine_;
-    float squares_[N];
-    int sums_made_ = 0;
+    int place_ = 0;
 };
 
 }  // namespace

@@ -31,16 +31,27 @@ __device__ inline unsigned narrow_pair(const float* wide) {
     return from_compute<T>(wide[0]).bits | static_cast<unsigned>(from_compute<T>(wide[1]).bits) << 16;
 }
 
+__device__ inline uint2 lower(const uint4& chunk) {
+    return make_uint2(chunk.x, chunk.y);
+}
+__device__ inline uint2 upper(const uint4& chunk) {
+    return make_uint2(chunk.z, chunk.w);
+}
+
+template <class T>
+__device__ inline void widen_half(const uint2& half, float* wide) {
+    if constexpr (std::is_same_v<T, float>) {
+        wide[0] = bit_cast<float>(half.x);
+        wide[1] = bit_cast<float>(half.y);
+    } else {
+        widen_pair<T>(half.x, wide);
+        widen_pair<T>(half.y, wide + 2);
+    }
+}
 template <class T>
 __device__ inline void widen_chunk(const uint4& chunk, float* wide) {
-    const unsigned words[] = {chunk.x, chunk.y, chunk.z, chunk.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        if constexpr (std::is_same_v<T, float>)
-            wide[i] = bit_cast<float>(words[i]);
-        else
-            widen_pair<T>(words[i], wide + 2 * i);
-    }
+    widen_half<T>(lower(chunk), wide);
+    widen_half<T>(upper(chunk), wide + kElements<T> / 2);
 }
 template <class T>
 __device__ inline uint4 narrow_chunk(const float* wide) {

@@ -21,7 +21,8 @@ struct Step {
     float* logits;
     int n_layers, n_prefix, batch, d, heads, intermediate, vocab;
     float eps;
-    int slots;
+    // Of the rings (decode_weights.h).
+    int slots, segment;
     // In scratch: the barrier's counter, results of products, and what pieces of attention leave: (batch,
     // heads, pieces) of softmax and of values (D).
     unsigned* counter;
@@ -32,24 +33,25 @@ struct Step {
     float* values;
 };
 
+constexpr int kLine = 128;
+
 // Where a block's shared memory has what.
 struct Layout {
-    int visible, sums, x, operand, ring, bytes;
+    int visible, sums, x, operand, rings, bytes;
 
     __host__ __device__ Layout(int n_layers, int sequences, int d, int heads, int intermediate, int element,
-                               int ring_bytes) {
+                               int rings_bytes) {
         const int row = (d > intermediate ? d : intermediate) * element * sequences;
         const int attention = attention_floats(d / heads) * static_cast<int>(sizeof(float));
         visible = n_layers * static_cast<int>(sizeof(Layer));
         sums = visible + n_layers * 2 * static_cast<int>(sizeof(int64_t));
         x = sums + 2 * sequences * kWarps * static_cast<int>(sizeof(float));
         operand = x + sequences * d * element;
-        ring = operand + divide_up(row > attention ? row : attention, 16) * 16;
-        bytes = ring + ring_bytes;
+        // Copies in bulk are fastest to whole lines.
+        rings = divide_up(operand + (row > attention ? row : attention), kLine) * kLine;
+        bytes = rings + rings_bytes;
     }
 };
-
-constexpr int64_t kLine = 128;
 
 // Hands out parts of scratch, each beginning on a line.
 class Scratch {

@@ -42,16 +42,27 @@ __device__ inline void between_looks() {
 #endif
 }
 
-// Returns when every thread of a cooperative launch has called it; what they wrote before, to global memory
-// as well, is then visible to all (by ordinary loads, not by those that assume read-only memory).
+// A barrier of so many threads of a block, in whole warps; barrier 0 is that of __syncthreads.
+__device__ inline void barrier_of_some(int number, int threads) {
+#ifdef __CUDA_ARCH__
+    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+#elif !defined(__CUDACC__)
+    cuda_on_host::wait_for_block(number, static_cast<unsigned>(threads));
+#endif
+}
+
+// Returns when every block of a cooperative launch has called it, by all threads that `together` is a barrier
+// of, thread 0 among them; what they wrote before, to global memory as well, is then visible to all (by
+// ordinary loads, not by those that assume read-only memory).
 //
 // The counter is 4 bytes of global memory, zero before its first use and never set again: the first block
 // adds 2^31 less the number of the others and every other block 1, so that when all have come the lower 31
 // bits are zero again and the top bit has turned. The next barrier, of this launch, of another or of a
 // graph's replay, starts from there, whatever its number of blocks. Launches that may run at once need
 // counters of their own.
-__device__ inline void grid_barrier(unsigned* counter) {
-    __syncthreads();
+template <class Together>
+__device__ inline void grid_barrier(unsigned* counter, Together together) {
+    together();
     if (threadIdx.x == 0 && threadIdx.y == 0 && threadIdx.z == 0) {
         const unsigned blocks = gridDim.x * gridDim.y * gridDim.z;
         const bool first = blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0;
@@ -59,7 +70,10 @@ __device__ inline void grid_barrier(unsigned* counter) {
         const unsigned before = add_release(counter, first ? kTop - (blocks - 1) : 1u);
         while (((load_acquire(counter) ^ before) & kTop) == 0) between_looks();
     }
-    __syncthreads();
+    together();
+}
+__device__ inline void grid_barrier(unsigned* counter) {
+    grid_barrier(counter, [] { __syncthreads(); });
 }
 
 // Each of these combines the values of all lanes, or threads, and gives every one of them the same bits: at
@@ -84,6 +98,30 @@ struct Max {
         return a > b || a != a ? a : b;  // NaN stays
     }
 };
+
+// Sums of kSums values of each lane over the warp, of which a lane gets that of number lane / (kWarp /
+// kSums): with the bits of warp_reduce, in fewer exchanges, because lanes share out the sums among them.
+template <int kSums>
+__device__ inline float warp_sums(float (&values)[kSums]) {
+    static_assert(kSums > 0 && kWarp % kSums == 0, "as many lanes for each sum");
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    int left = kSums;
+#pragma unroll
+    for (int step = kWarp / 2; step > 0; step /= 2) {
+        const bool upper = lane & step;
+        if (left == 1) values[0] += __shfl_xor_sync(kWholeWarp, values[0], step);
+        left /= 2;
+#pragma unroll
+        for (int i = 0; i < kSums / 2; ++i) {
+            if (i >= left) continue;
+            const float mine = upper ? values[left + i] : values[i];
+            const float theirs = upper ? values[i] : values[left + i];
+            values[i] = mine + __shfl_xor_sync(kWholeWarp, theirs, step);
+        }
+        left = left ? left : 1;
+    }
+    return values[0];
+}
 
 // Of a block of kThreads in x, whole warps; `scratch` is shared memory for a value of each warp, which may be
 // used again at once. `neutral` changes nothing that it is combined with.

@@ -110,6 +110,10 @@ inline int __all_sync(unsigned mask, int value) {
     return cuda_on_host::vote(mask, value == 0) == 0;
 }
 
+inline int __ffs(int value) {
+    return value ? __builtin_ctz(static_cast<unsigned>(value)) + 1 : 0;
+}
+
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 inline void __nanosleep(unsigned) {

@@ -1,5 +1,6 @@
 // Kernels that a missing barrier makes wrong, to show that the emulation finds it, and the barrier of the
 // grid.
+#include "cuda/async_copy.h"
 #include "cuda/grid.h"
 #include "cuda/launch.h"
 
@@ -10,6 +11,9 @@ EXPORT void set_order(unsigned order) {
 }
 EXPORT void set_processors(int processors) {
     cuda_on_host::processors = processors;
+}
+EXPORT void set_copies_in_bulk(int in_bulk) {
+    cuda_on_host::copies_in_bulk = in_bulk != 0;
 }
 
 namespace {
@@ -61,12 +65,45 @@ __global__ void rounds(const float* in, float* buffers, unsigned* counter, int c
     }
 }
 
+// A warp's values by way of shared memory, twice: two lanes ask for the two halves.
+__global__ void copied(const float* in, float* out, bool waits) {
+    PhaseBarrier* const barriers = reinterpret_cast<PhaseBarrier*>(dynamic_shared());
+    float* const values = reinterpret_cast<float*>(barriers + 2);
+    const int thread = static_cast<int>(threadIdx.x), half = thread / (kWarp / 2);
+    if (thread == 0) {
+        for (int i = 0; i < 2; ++i) make_barrier(barriers + i, arrivals_of_copies());
+        show_barriers_to_copies();
+    }
+    __syncthreads();
+    const int bytes = kWarp / 2 * static_cast<int>(sizeof(float));
+    for (unsigned turn = 0; turn < (waits ? 2 : 1); ++turn) {
+        const char* from = reinterpret_cast<const char*>(in + turn * kWarp) + half * bytes;
+        unsigned char* const to = reinterpret_cast<unsigned char*>(values) + half * bytes;
+        begin_copies(thread % (kWarp / 2) == 3, Copies<1>{to, {from}, barriers + half, 0, bytes});
+        if (waits) wait_for_phase(barriers + half, turn % 2);
+        out[turn * kWarp + threadIdx.x] = values[thread];
+        __syncthreads();
+    }
+}
+
 __global__ void faulty(int what, float* memory) {
     if (what == 0) memory[threadIdx.x] = __shfl_sync(threadIdx.x == 5 ? 0x10u : 0xffffffffu, 1.0f, 0);
     if (what == 1 && threadIdx.x % 2) __syncwarp();
     if (what == 2) dynamic_shared()[16] = 0;
     if (what == 3) memory[0] = __ldg(reinterpret_cast<const float4*>(memory + 1)).x;
     if (what == 4) grid_barrier(reinterpret_cast<unsigned*>(memory));
+    PhaseBarrier* const barrier = reinterpret_cast<PhaseBarrier*>(dynamic_shared());
+    if (what == 5) arrive(barrier);
+    if (what == 6 && threadIdx.x == 0) {
+        make_barrier(barrier, 1);
+        announce(barrier, 16);
+        arrive(barrier);
+    }
+    if (what == 7 && threadIdx.x == 0) copy_chunk(barrier, memory);
+    if (what == 8 && threadIdx.x == 0) {
+        make_barrier(barrier, 1);
+        copy_in_bulk(barrier, memory, 8, barrier);
+    }
 }
 
 }  // namespace
@@ -88,6 +125,10 @@ EXPORT int run_rounds(const float* in, float* buffers, unsigned* counter, unsign
     const Extent extent{blocks, kWarp, 0, true};
     return caught(
         [&] { launch("rounds", rounds, extent, nullptr, in, buffers, counter, count, with_barrier != 0); });
+}
+EXPORT int run_copied(const float* in, float* out, int waits) {
+    const Extent extent{1, kWarp, 2 * sizeof(PhaseBarrier) + kWarp * sizeof(float)};
+    return caught([&] { launch("copied", copied, extent, nullptr, in, out, waits != 0); });
 }
 EXPORT int run_faulty(int what, float* memory, unsigned threads, unsigned long shared) {
     const Extent extent{2, threads, shared};

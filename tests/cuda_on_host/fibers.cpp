@@ -24,16 +24,33 @@ namespace cuda_on_host {
 
 unsigned order = 0;
 int processors = 3;
+bool copies_in_bulk = true;
 
 namespace {
 
 constexpr size_t kStack = 256 * 1024;
 constexpr size_t kCanary = 64;  // bytes behind the shared memory of a block, which no thread may write
 constexpr unsigned char kPoison = 0xff;
-// A thread that only looks while nobody else does anything will do so for ever.
-constexpr int kPatience = 10000;
+// A thread that only looks while nobody else does anything will do so for ever. A warp's exchanges are
+// nothing: whole warps look, and tell each other what they have seen.
+constexpr int kPatience = 1000;
 
 struct Block;
+
+struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+};
+
+// What an mbarrier is; where it is in shared memory there is nothing.
+struct PhaseBarrier {
+    unsigned arrivals, missing;
+    int64_t bytes = 0;
+    unsigned parity = 0;
+    std::vector<Copy> copies;
+    unsigned arrives_with_copies = 0;
+};
 
 struct Fiber {
     Block* block;
@@ -44,6 +61,7 @@ struct Fiber {
     bool started = false, ended = false;
     size_t rank = 0;  // those that come first in the order run until they have to wait
     Exchange* exchange = nullptr;
+    std::vector<Copy> chunks;
 };
 
 // Lanes of a warp that have come to an exchange, by the mask they gave.
@@ -101,6 +119,7 @@ class Scheduler {
             for (unsigned k = i; k < std::min(blocks, i + at_once); ++k) create(sequence[k]);
             run_blocks();
             blocks_.clear();
+            phase_barriers_.clear();
         }
     }
 
@@ -147,7 +166,6 @@ class Scheduler {
             taker.votes = votes;
             ready_.insert(lane_of(lane).rank);
         }
-        happened_ = true;
     }
 
     void yield() {
@@ -158,7 +176,81 @@ class Scheduler {
 
     Fiber* current() const { return current_; }
 
+    void make_barrier(void* at, unsigned arrivals) {
+        check_in_shared(at, 8, 8);
+        phase_barriers_[at] = {arrivals, arrivals};
+    }
+    void arrive(void* at, int announced) {
+        PhaseBarrier& barrier = phase_barrier(at);
+        if (!barrier.missing) fail("more threads arrive at a barrier than it was made for");
+        barrier.bytes += announced;
+        --barrier.missing;
+        end_phase(barrier);
+    }
+    bool has_ended(const void* at, unsigned parity) {
+        PhaseBarrier& barrier = phase_barrier(at);
+        make_copies(barrier);
+        return barrier.parity != parity;
+    }
+    void copy_in_bulk(void* to, const void* from, int bytes, void* at) {
+        check_copy(to, from, static_cast<size_t>(bytes));
+        if (bytes % 16) fail("a copy's size is no multiple of 16 bytes");
+        PhaseBarrier& barrier = phase_barrier(at);
+        barrier.copies.push_back({to, from, static_cast<size_t>(bytes)});
+        if (order == 1) make_copies(barrier);
+    }
+    void copy_chunk(void* to, const void* from) {
+        check_copy(to, from, 16);
+        current_->chunks.push_back({to, from, 16});
+    }
+    void arrive_with_chunks(void* at) {
+        PhaseBarrier& barrier = phase_barrier(at);
+        auto& chunks = current_->chunks;
+        barrier.copies.insert(barrier.copies.end(), chunks.begin(), chunks.end());
+        for (const Copy& copy : chunks) barrier.bytes += static_cast<int64_t>(copy.bytes);
+        chunks.clear();
+        ++barrier.arrives_with_copies;
+        if (order == 1) make_copies(barrier);
+    }
+
   private:
+    void check_in_shared(const void* at, size_t bytes, size_t multiple) const {
+        const auto* from = memory(*current_->block);
+        const auto* to = static_cast<const unsigned char*>(at);
+        if (to < from || to + bytes > from + launch_.shared) fail("what should be in shared memory is not");
+        if (reinterpret_cast<uintptr_t>(at) % multiple) fail("a vector is not where its size demands");
+    }
+    void check_copy(const void* to, const void* from, size_t bytes) const {
+        check_in_shared(to, bytes, 16);
+        if (reinterpret_cast<uintptr_t>(from) % 16) fail("a vector is not where its size demands");
+    }
+    PhaseBarrier& phase_barrier(const void* at) {
+        const auto found = phase_barriers_.find(at);
+        if (found == phase_barriers_.end()) fail("a barrier is used that nobody has made");
+        return found->second;
+    }
+    void make_copies(PhaseBarrier& barrier) {
+        for (const Copy& copy : barrier.copies) {
+            std::memcpy(copy.to, copy.from, copy.bytes);
+            barrier.bytes -= static_cast<int64_t>(copy.bytes);
+        }
+        barrier.copies.clear();
+        if (barrier.arrives_with_copies > barrier.missing)
+            fail("more threads arrive at a barrier than it was made for");
+        barrier.missing -= barrier.arrives_with_copies;
+        barrier.arrives_with_copies = 0;
+        end_phase(barrier);
+    }
+    void end_phase(PhaseBarrier& barrier) {
+        if (barrier.missing || barrier.bytes) return;
+        barrier.missing = barrier.arrivals;
+        barrier.parity ^= 1;
+        happened_ = true;
+        // Who looks for it may see it before others of this thread's warp have come as far.
+        for (Fiber* fiber : looking_) ready_.insert(fiber->rank);
+        looking_.clear();
+    }
+
     template <class T>
     void arrange(std::vector<T>& items) {
         if (order == 1) std::reverse(items.begin(), items.end());
@@ -219,8 +311,12 @@ class Scheduler {
             resume(*by_rank_[*ready_.begin()]);
             if (failure_) std::rethrow_exception(failure_);
         }
+        for (const auto& [at, barrier] : phase_barriers_)
+            if (!barrier.copies.empty()) fail("threads have ended without having waited for a copy");
         for (const auto& block : blocks_) {
             if (block->alive) fail("all threads wait for others");
+            for (const Fiber& fiber : block->fibers)
+                if (!fiber.chunks.empty()) fail("a thread has ended with copies that nobody waits for");
             for (size_t i = 0; i < kCanary; ++i)
                 if (memory(*block)[launch_.shared + i] != kPoison)
                     fail("a thread has written beyond the block's dynamic shared memory");
@@ -288,6 +384,7 @@ class Scheduler {
     const std::function<void()>& body_;
     std::mt19937 random_;
     std::vector<std::unique_ptr<Block>> blocks_;
+    std::map<const void*, PhaseBarrier> phase_barriers_;
     std::vector<Fiber*> by_rank_;
     std::set<size_t> ready_;       // ranks
     std::vector<Fiber*> looking_;  // they run again when all others wait
@@ -329,6 +426,24 @@ void exchange(unsigned mask, Exchange& own) {
 }
 void yield() {
     scheduler->yield();
+}
+void make_barrier(void* barrier, unsigned arrivals) {
+    scheduler->make_barrier(barrier, arrivals);
+}
+void arrive(void* barrier, int announced_bytes) {
+    scheduler->arrive(barrier, announced_bytes);
+}
+bool has_ended(const void* barrier, unsigned parity) {
+    return scheduler->has_ended(barrier, parity);
+}
+void copy_in_bulk(void* to, const void* from, int bytes, void* barrier) {
+    scheduler->copy_in_bulk(to, from, bytes, barrier);
+}
+void copy_chunk(void* to, const void* from) {
+    scheduler->copy_chunk(to, from);
+}
+void arrive_with_chunks(void* barrier) {
+    scheduler->arrive_with_chunks(barrier);
 }
 void fail(const char* message) {
     scheduler->fail(message);

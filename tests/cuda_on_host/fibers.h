@@ -36,6 +36,15 @@ struct Exchange {
 };
 void exchange(unsigned mask, Exchange& own);
 void yield();
+
+// Barriers in shared memory and the copies that end their phases. A copy is made when it is asked for or, in
+// other orders of threads, when somebody looks whether it has been; its bytes must not be read before.
+void make_barrier(void* barrier, unsigned arrivals);
+void arrive(void* barrier, int announced_bytes);
+bool has_ended(const void* barrier, unsigned parity);
+void copy_in_bulk(void* to, const void* from, int bytes, void* barrier);
+void copy_chunk(void* to, const void* from);
+void arrive_with_chunks(void* barrier);
 [[noreturn]] void fail(const char* message);
 
 // Which fibers go first, and run as far as they can before others run at all: 0 those of low numbers, 1 those
@@ -43,6 +52,8 @@ void yield();
 extern unsigned order;
 // What the device is said to have.
 extern int processors;
+// Whether it has a unit that copies in bulk.
+extern bool copies_in_bulk;
 
 }  // namespace cuda_on_host
 
