@@ -131,7 +131,7 @@ _NARROW: Table = {
         256: (_unguided(16, 64, 4),),
     },
     "jvp_keys_before": {
-        64: (config(32, 64, 4, 2), config(32, 128, 8, 2)),
+        64: (config(32, 64, 4, 1), config(32, 64, 4, 2), config(32, 128, 8, 2)),
         80: (config(32, 64, 4, 1), config(32, 128, 8, 1)),
         128: (config(16, 64, 4, 1),),
         256: (_unguided(16, 64, 4),),
