@@ -221,8 +221,8 @@ def _update(x: _Draw) -> Case:
         [x.normal(s.batch, *shape, dtype=x.wide) for _ in range(s.fast_blocks) for shape in shapes]
         for _ in range(2)
     )
-    # On the processor, as the engine has it.
-    rate = torch.tensor(0.3, dtype=torch.float64)
+    # Where the weights are, as where the engine trains by graphs: its gradient would wait for a copy to the processor.
+    rate = torch.tensor(0.3, dtype=torch.float64, device=x.device)
     copies = None if x.wide == x.dtype else x.dtype
     return Case(Example(OPERATORS["clipped_sgd"], (weights, grads, rate), (1.0, copies)), {})
 

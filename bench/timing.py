@@ -76,7 +76,8 @@ def replayed_seconds(works: Sequence[Callable[[], object]], device: torch.device
     if device.type != "cuda":
         return repeated_seconds(rotating(works), device, repeat)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # The outer context is for a capture that fails, which leaves its stream current.
+    with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph):
         for work in works:
             work()
     graph.replay()

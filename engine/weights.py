@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -162,7 +162,8 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return tuple(_mapped(v, change) for v in value)
     if value is None:
         return None
-    return type(value)(**{name: _mapped(v, change) for name, v in vars(value).items()})
+    # Not by vars(), which torch.compile of torch 2.11 does not trace on a frozen dataclass.
+    return type(value)(**{f.name: _mapped(getattr(value, f.name), change) for f in fields(value)})
 
 
 _changes = attrgetter("_version")

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ from bench.gpu_prefill import checked, same_logits
 from bench.gpu_train import engine_loss, gradient_error, step
 from bench.gpu_transformer import Attention, Transformer
 from bench.memory import PeakMemory, parameter_bytes
+from bench.operator_example import flat
 from engine import TTTConfig, TTTModel, graphs
 from engine import config as configs
 from engine.golden import carried_cases, load_golden
@@ -533,6 +535,15 @@ def test_every_operator_has_a_case() -> None:
     sizes = SIZES["80"]
     made = [case(name, sizes, torch.float32, CPU, 0) for name in names()]
     assert {c.example.operator.name for c in made} == set(OPERATORS)
+
+
+@pytest.mark.parametrize("name", names())
+def test_all_of_a_case_is_on_its_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One without numbers, so that none are drawn either.
+    monkeypatch.setattr(torch, "Generator", Mock(return_value=Mock(manual_seed=Mock(return_value=None))))
+    made = case(name, SIZES["64"], torch.bfloat16, torch.device("meta"), 0)
+    given = flat([v for v in made.example.inputs if isinstance(v, torch.Tensor | list)])
+    assert {t.device.type for t in given} == {"meta"}
 
 
 @pytest.mark.usefixtures("quick")

@@ -125,13 +125,13 @@ _NARROW: Table = {
         256: (_unguided(64, 16, 4),),
     },
     "jvp_backward_keys": {
-        64: (config(16, 64, 4, 1), config(32, 128, 8, 1), config(16, 128, 8, 2)),
+        64: (config(16, 64, 4, 1), config(16, 128, 8, 2)),
         80: (config(16, 64, 4, 1), config(16, 128, 8, 1)),
         128: (config(16, 64, 4, 1),),
         256: (_unguided(16, 64, 4),),
     },
     "jvp_keys_before": {
-        64: (config(32, 64, 4, 2), config(32, 128, 8, 2)),
+        64: (config(32, 64, 4, 1), config(32, 64, 4, 2), config(32, 128, 8, 2)),
         80: (config(32, 64, 4, 1), config(32, 128, 8, 1)),
         128: (config(16, 64, 4, 1),),
         256: (_unguided(16, 64, 4),),
