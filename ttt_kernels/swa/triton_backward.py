@@ -29,9 +29,9 @@ from ttt_kernels.swa.triton_visible import (
     lowest_key,
     query_block,
     query_range,
-    seen,
     tile_start,
     tiles,
+    where_seen,
 )
 
 
@@ -53,7 +53,7 @@ def weights(
         b_s = b_s * (scale * LOG2E) - b_lse * LOG2E
     b_p = tl.exp2(tl.minimum(b_s, 0.0, propagate_nan=tl.PropagateNan.ALL))
     if EDGE:
-        b_p = tl.where(seen(b_i, b_j, p_first, low, Tq, Tk, window), b_p, 0.0)
+        b_p = where_seen(b_p, False, b_i, b_j, p_first, low, Tq, Tk, window)
     return b_p
 
 

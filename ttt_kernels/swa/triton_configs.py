@@ -74,6 +74,11 @@ def _unguided(queries: int, keys: int, warps: int) -> Config:
     return Config((("BQ", queries), ("BK", keys)), warps, 1, "")
 
 
+def _crowded(queries: int, keys: int, warps: int, stages: int, blocks: int) -> Config:
+    """Tiles of programs that leave registers for so many on a multiprocessor, where ptxas alone would take more."""
+    return Config((("BQ", queries), ("BK", keys)), warps, stages, f"--minnctapersm={blocks}")
+
+
 Table = dict[str, dict[int, tuple[Config, ...]]]
 """Kernel -> largest head dimension -> configurations."""
 
@@ -82,18 +87,20 @@ _INTERPRETED = (config(16, 32, 1, 1),)
 
 _NARROW: Table = {
     "forward": {
-        64: (config(64, 64, 4, 3), config(128, 64, 8, 3), config(128, 128, 8, 2)),
+        64: (config(128, 64, 4, 3), _crowded(128, 64, 8, 3, 2), config(128, 128, 8, 2), config(64, 64, 4, 3)),
+        80: (config(128, 64, 4, 3), config(128, 128, 8, 2), config(64, 64, 4, 3)),
         128: (config(64, 64, 4, 2), config(128, 64, 8, 3), config(128, 128, 8, 2)),
         256: (config(64, 32, 4, 2),),
     },
     "backward_queries": {
-        64: (config(64, 64, 4, 3), config(128, 64, 8, 3)),
+        64: (_crowded(64, 64, 4, 3, 3), config(128, 32, 4, 3), config(128, 64, 8, 3)),
+        80: (config(64, 64, 4, 3), config(128, 32, 4, 3), config(128, 64, 8, 2)),
         128: (config(64, 64, 4, 2), config(128, 64, 8, 2)),
         256: (config(64, 32, 4, 1),),
     },
     "backward_keys": {
-        64: (config(32, 64, 4, 2), config(32, 128, 8, 2), config(64, 64, 4, 2), config(64, 128, 8, 2)),
-        80: (config(32, 64, 4, 1), config(32, 128, 8, 2), config(64, 128, 8, 1)),
+        64: (config(32, 64, 4, 2), config(64, 64, 4, 3), config(64, 128, 8, 3)),
+        80: (config(32, 64, 4, 3), config(64, 64, 4, 2), config(64, 128, 8, 2)),
         128: (config(32, 64, 4, 1), config(32, 128, 8, 2), config(32, 128, 8, 1)),
         256: (config(16, 64, 4, 1),),
     },
@@ -114,25 +121,26 @@ _NARROW: Table = {
         256: (_unguided(16, 64, 4),),
     },
     "jvp_forward": {
-        64: (config(64, 64, 4, 2), config(128, 64, 8, 2)),
+        64: (config(64, 32, 4, 2), config(64, 64, 4, 3), config(128, 64, 8, 2)),
+        80: (config(64, 32, 4, 3),),
         128: (config(64, 32, 4, 2),),
         256: (config(64, 16, 4, 1),),
     },
     "jvp_backward_queries": {
-        64: (config(64, 32, 4, 2), config(128, 32, 8, 2)),
+        64: (config(64, 32, 4, 2), config(64, 32, 4, 3), config(128, 32, 8, 2)),
         80: (config(64, 32, 4, 1),),
         128: (config(64, 16, 4, 1),),
         256: (_unguided(64, 16, 4),),
     },
     "jvp_backward_keys": {
-        64: (config(16, 64, 4, 1), config(16, 128, 8, 2)),
+        64: (config(16, 64, 4, 1), config(16, 64, 4, 3), config(16, 128, 8, 2)),
         80: (config(16, 64, 4, 1), config(16, 128, 8, 1)),
         128: (config(16, 64, 4, 1),),
         256: (_unguided(16, 64, 4),),
     },
     "jvp_keys_before": {
-        64: (config(32, 64, 4, 1), config(32, 64, 4, 2), config(32, 128, 8, 2)),
-        80: (config(32, 64, 4, 1), config(32, 128, 8, 1)),
+        64: (config(32, 64, 4, 1), config(32, 64, 4, 3), config(32, 128, 8, 2)),
+        80: (config(32, 64, 4, 1), config(32, 128, 8, 2)),
         128: (config(16, 64, 4, 1),),
         256: (_unguided(16, 64, 4),),
     },
@@ -141,6 +149,11 @@ _NARROW: Table = {
 
 A program has 16 rows a warp on the side of its sums: with fewer, Triton 3.6 to 3.9 divides products among warps in two
 ways and moves the sums between them in every step (seen in its intermediate code for sm_90).
+
+Warps of a program wait for one another at every tile, so what overlaps one program's exponentials is the products of
+another: mostly two of them fit on a multiprocessor. Rows are loaded a tile ahead with three stages; with two, the next
+tile's loads begin when this one's products have been issued, and are waited for at once (in machine code for sm_90).
+A program's queries share the keys that it loads, past the L1 cache: with 64 of them, twice the bytes for a product.
 """
 
 _AMPERE: Table = {
@@ -196,9 +209,14 @@ _AMPERE: Table = {
 _BLACKWELL: Table = {
     **_NARROW,
     "forward": {
-        **_NARROW["forward"],
         64: (config(64, 64, 4, 3), config(128, 64, 8, 3)),
         128: (config(64, 64, 4, 2), config(128, 64, 8, 3)),
+        256: (config(64, 32, 4, 2),),
+    },
+    "backward_queries": {
+        64: (config(64, 64, 4, 3), config(128, 64, 8, 3)),
+        128: (config(64, 64, 4, 2), config(128, 64, 8, 2)),
+        256: (config(64, 32, 4, 1),),
     },
     "backward_keys": {
         128: (config(32, 64, 4, 1), config(64, 128, 8, 1)),
@@ -218,6 +236,10 @@ _BLACKWELL: Table = {
         64: (config(64, 32, 4, 2),),
         128: (config(64, 16, 4, 1),),
         256: (config(64, 16, 4, 1),),
+    },
+    "jvp_backward_queries": {
+        **_NARROW["jvp_backward_queries"],
+        64: (config(64, 32, 4, 2), config(128, 32, 8, 2)),
     },
     "jvp_backward_keys": {
         64: (config(32, 64, 4, 1),),

@@ -18,7 +18,7 @@ from ttt_kernels.swa.triton_tiles import (
     store_statistic,
     zero_rows,
 )
-from ttt_kernels.swa.triton_visible import key_range, lowest_key, query_block, seen, tile_start, tiles
+from ttt_kernels.swa.triton_visible import key_range, lowest_key, query_block, tile_start, tiles, where_seen
 
 _NONE = tl.constexpr(float("-inf"))
 
@@ -47,7 +47,8 @@ def softmax_tile(
     b_s = product_t(b_q, b_k, BQ, BK, D)
     if EDGE:
         b_i = (i + tl.arange(0, BQ))[:, None]
-        b_s = tl.where(seen(b_i, (j + tl.arange(0, BK))[None, :], p_first, low, Tq, Tk, window), b_s, _NONE)
+        b_j = (j + tl.arange(0, BK))[None, :]
+        b_s = where_seen(b_s, True, b_i, b_j, p_first, low, Tq, Tk, window)
     b_top = tl.maximum(b_max, tl.max(b_s, 1) * (scale * _unit(b_q)))
     b_zero = b_top
     if EDGE:

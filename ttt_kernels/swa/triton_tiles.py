@@ -162,12 +162,13 @@ def store_rows(
 @triton.jit
 def load_statistic(p_x, start, high, other, ROWS: tl.constexpr, MASKED: tl.constexpr):
     """Numbers [start, start + ROWS) of a vector; where MASKED, `other` for those from `high` on."""
-    # Relative to one address, those of a thread's numbers are constants of the instructions, not registers.
-    p_first = p_x + start
-    b_row = tl.arange(0, ROWS)
+    # Of columns 16 apart only the addresses of the first are computed; the others are constants of the instructions.
+    b_high = (tl.arange(0, ROWS // 16) * 16)[:, None]
+    b_low = tl.arange(0, 16)[None, :]
+    p_row = (p_x + start + b_low) + b_high
     if MASKED:
-        return tl.load(p_first + b_row, mask=b_row < high - start, other=other)
-    return tl.load(p_first + b_row)
+        return tl.reshape(tl.load(p_row, mask=b_high + b_low < high - start, other=other), (ROWS,))
+    return tl.reshape(tl.load(p_row), (ROWS,))
 
 
 @triton.jit

@@ -9,6 +9,8 @@ queries that see a block of keys likewise. A range is (begin, full, full_end, le
 import triton
 import triton.language as tl
 
+from ttt_kernels.triton_values import INTERPRETED
+
 
 @triton.jit
 def query_block(heads, Tq, BQ: tl.constexpr):
@@ -119,12 +121,22 @@ def tile_start(span, index, SIZE: tl.constexpr, EDGE: tl.constexpr):
 
 
 @triton.jit
-def seen(b_i, b_j, p_first, low, Tq, Tk, window):
-    """Whether queries see keys, for indices of shapes such as (BQ, 1) and (1, BK)."""
-    # One comparison without sign says that a key is neither after the query nor before its window. Keys that are
-    # not valid are moved behind every query.
-    b_age = b_i + (Tk - Tq) - tl.where(b_j < low, Tk, b_j)
-    m_seen = b_age.to(tl.uint32, bitcast=True) < window.to(tl.uint32)
-    if p_first is not None:
-        m_seen = m_seen & (b_j >= tl.load(p_first + b_i, mask=b_i < Tq, other=0))
-    return m_seen
+def where_seen(b_x, LOW: tl.constexpr, b_i, b_j, p_first, low, Tq, Tk, window):
+    """float32 b_x where queries see keys, elsewhere -inf where LOW or else 0.
+
+    The indices have shapes such as (BQ, 1) and (1, BK).
+    """
+    # One comparison without sign says that a key is neither after the query nor before the first that it sees.
+    b_first = first_key(b_i, p_first, low, Tq, Tk, window)
+    b_count = tl.maximum(b_i + (Tk - Tq + 1) - b_first, 0)
+    b_place = b_j - b_first
+    if INTERPRETED:
+        m_seen = b_place.to(tl.uint32, bitcast=True) < b_count.to(tl.uint32, bitcast=True)
+        return tl.where(m_seen, b_x, float("-inf") if LOW else 0.0)
+    # LLVM would collect comparisons of its own in numbers, bit by bit, and take them apart again for the choices.
+    ASM: tl.constexpr = (
+        "{ .reg .pred p; setp.lt.u32 p, $2, $3; selp.b32 $0, $1, 0xFF800000, p; }"
+        if LOW
+        else "{ .reg .pred p; setp.lt.u32 p, $2, $3; selp.b32 $0, $1, 0, p; }"
+    )
+    return tl.inline_asm_elementwise(ASM, "=r,r,r,r", [b_x, b_place, b_count], tl.float32, True, 1)
