@@ -24,6 +24,7 @@ import torch
 
 from bench import options
 from bench.gpu_jobs import run_group, run_side_by_side
+from bench.gpu_official import PACKAGES, PYTHON
 from bench.gpu_plan import STAGES, Measurement, Settings, in_order, plan
 from bench.gpu_prefill import PARTS
 from bench.gpu_report import write_report
@@ -101,7 +102,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--official", metavar="FOLDER",
-        help="a checkout of github.com/test-time-training/e2e, to be measured beside this",
+        help="a checkout of github.com/test-time-training/e2e, to be measured beside this. It needs "
+        f"Python {'.'.join(map(str, PYTHON))}, a GPU that JAX can use and, in the same environment, "
+        + ", ".join(PACKAGES.values()),
     )  # fmt: skip
     parser.add_argument("--output", metavar="FOLDER", help="(default: bench/results/ and the GPU's name)")
     return parser.parse_args(argv)

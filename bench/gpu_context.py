@@ -33,10 +33,14 @@ class Context:
         # What makes no difference to parameters may differ: other lengths have other rotations.
         key = (replace(config, window=None, rope_theta=1.0), dtype)
         if self._model is None or self._key != key:
-            self._model = None
-            release_memory(self.device)
+            self.release()
             self._key, self._model = key, random_model(config, dtype, self.device)
         return self._model if self._model.config == config else with_config(self._model, config)
+
+    def release(self) -> None:
+        """Lets the model go, and gives its memory back."""
+        self._model = None
+        release_memory(self.device)
 
 
 def random_model(config: TTTConfig, dtype: torch.dtype, device: torch.device) -> TTTModel:

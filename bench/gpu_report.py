@@ -188,7 +188,8 @@ def _train_rows(
 
 def _official_rows(name: str, m: Measurement, result: Result, *_: Any) -> list[Sequence[str]]:
     speed = f"{result['seconds']:.3f}", f"{result['tokens_per_s']:,.0f}"
-    note = f"{result['attention']}; jax {result['jax']}"
+    others = "".join(f" ({way}: {words})" for way, words in result["others"].items())
+    note = f"{result['settings']}{others}; jax {result['jax']}, {result['device']}"
     return [(name, *speed, f"{result['mean_nll']:.4f}", note)]
 
 
