@@ -37,6 +37,7 @@ class OnHost:
         spec.loader.exec_module(self.kernels)
         self.library = ctypes.CDLL(str(file))
         self.library.last_error.restype = ctypes.c_char_p
+        self.library.copied_bytes.restype = ctypes.c_longlong
 
     def arrange(self, order: int = 0, processors: int = 3, *, in_bulk: bool = True) -> None:
         """Chooses the order of threads, the multiprocessors that the device is said to have, and whether they have

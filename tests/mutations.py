@@ -45,9 +45,9 @@ R_KERNELS, R_ANGLES, R_HEADS, R_LAUNCH = (
 C_KERNELS, C_SUMS, C_TUPLES, C_CALL = (
     f"ttt_kernels/clipped_sgd/triton_{name}.py" for name in ("kernels", "sums", "tuples", "call")
 )
-GRID, CUDA_SGD = "csrc/cuda/grid.h", "csrc/cuda/clipped_sgd.cu"
+GRID, COPIES, CUDA_SGD = (f"csrc/cuda/{name}" for name in ("grid.h", "async_copy.h", "clipped_sgd.cu"))
 D_BLOCK, D_WEIGHTS, D_ATTENTION = (f"csrc/cuda/decode_{name}.h" for name in ("block", "weights", "attention"))
-ROUNDS, SAME_BITS = "test_rounds_where", "test_same_bits"
+ROUNDS, SAME_BITS, COPIED = "test_rounds_where", "test_same_bits", "test_copies_to_shared_memory"
 BLOCK_SUMS, GRID_BARRIER, FASTER = (
     "test_sums_of_a_block",
     "test_barrier_of_the_grid",
@@ -100,7 +100,7 @@ class Mutation(NamedTuple):
             return "tests/test_every_operator.py"
         if self.file == R_HEADS:
             return "tests/test_rope_heads.py"
-        if self.file == GRID:
+        if self.file in (GRID, COPIES):
             return "tests/test_cuda_on_host.py"
         if self.test == FASTER:
             return "tests/test_backend_choice.py"
@@ -484,6 +484,19 @@ MUTATIONS = (
              "if (!is_first && kind != kOut) grid_barrier", BUDGET),
     Mutation("CUDA: pieces of attention are joined early", D_BLOCK,
              "attention(layer);\n                grid_barrier(s.counter, Together{});", "attention(layer);", BUDGET),
+    Mutation("CUDA: bytes of one row are announced", COPIES, "announce(own.end, kRows * own.bytes)",
+             "announce(own.end, own.bytes)", COPIED),
+    Mutation("CUDA: a lane arrives for all that copy", COPIES, "return copies_in_bulk() ? 1 : kWarp;", "return 1;",
+             COPIED),
+    Mutation("CUDA: what lies behind a row is copied too", D_WEIGHTS,
+             "left < rings_.segment ? left : rings_.segment};", "rings_.segment};", "test_every_weight_is_copied_once"),
+    Mutation("CUDA: a slot's phase has always the same parity", D_WEIGHTS, "parity ^= 1;", "", BUDGET),
+    Mutation("CUDA: a slot is asked for a turn late", D_WEIGHTS, "turn_.slot), turn_.parity ^ 1)",
+             "turn_.slot), turn_.parity)", BUDGET),
+    Mutation("CUDA: a slot is never given back", D_WEIGHTS,
+             "if (lane == 0) arrive(rings_.used(warp_, turn_.slot));", "", BUDGET),
+    Mutation("CUDA: who asks begins every product with the first warp", D_WEIGHTS,
+             "            share_.end(product_);\n", "", BUDGET),
     Mutation("CUDA: weights are used before they have come", D_WEIGHTS,
              "wait_for_phase(rings_.come(warp_, turn_.slot), turn_.parity);", "", BUDGET),
     Mutation("CUDA: weights come before those before them are used", D_WEIGHTS,

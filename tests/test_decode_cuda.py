@@ -29,6 +29,7 @@ from torch import Tensor
 from ttt_kernels import extension
 from ttt_kernels.backends import available, backends
 from ttt_kernels.decode import Stack, cuda, step
+from ttt_kernels.decode.plan import tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BARRIER = 128
@@ -143,6 +144,22 @@ def test_rows_of_several_segments(device: Device, order: int, in_bulk: bool) -> 
     assert_agrees(device.step, stack, torch.float32, (4,), (3,))
 
 
+@pytest.mark.parametrize("device", ["host"], indirect=True)
+@pytest.mark.parametrize("in_bulk", [True, False])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_weight_is_copied_once_and_nothing_behind_it(
+    built_cuda_on_host: OnHost, device: Device, batch: int, in_bulk: bool
+) -> None:
+    """What lies behind a row's last segment may belong to nobody. Here rows are in whole units."""
+    device.arrange(2, 2, in_bulk=in_bulk)
+    stack = cast(make_stack(batch, vocab=32, intermediate=1080), torch.float32)
+    device.step(stack, *make_token(stack, torch.float32), seen((3, 3), (1, 1)))
+    sizes = [
+        t.nbytes for layer in stack.layers for t in tensors(layer) if t is not None and t.dim() in (2, 3)
+    ]
+    assert built_cuda_on_host.library.copied_bytes() == sum(sizes) + stack.head.nbytes
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rounds_where_separate_operators_would(device: Device, dtype: torch.dtype) -> None:
     """Mostly the bits of the plain formulas at the same dtype: a sum in another order seldom rounds to another number,
@@ -213,6 +230,19 @@ def test_a_tensor_that_moved_is_found_again(device: Device) -> None:
     assert not torch.allclose(first[2], second[2])
     expected = step(stack, *token, visible, backend="reference")
     assert torch.allclose(second[2], expected.logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["head", "final_norm"])
+def test_a_tensor_that_moved_to_where_no_vector_begins_is_refused(device: Device, name: str) -> None:
+    device.arrange(0, 2)
+    stack = cast(make_stack(), torch.bfloat16)
+    there = stack if device.name == "cpu" else map_stack(stack, lambda _, t: t.to(device.name))
+    token = map_token(make_token(stack, torch.bfloat16), lambda t: t.to(device.name))
+    cuda.step(there, *token, seen((3, 3), (1, 1)))
+    moved = getattr(there, name)
+    moved.data = torch.cat((moved.flatten()[:1], moved.flatten()))[1:].view(moved.shape)
+    with pytest.raises(ValueError, match=f"{name} begins at"):
+        cuda.step(there, *token, seen((3, 3), (1, 1)))
 
 
 def test_rows_anywhere_and_tables_apart(device: Device) -> None:

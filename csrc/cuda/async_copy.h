@@ -169,6 +169,8 @@ __device__ inline void begin_copies(bool asks, const Copies<kRows>& own) {
         return;
     }
     const int first = static_cast<int>(threadIdx.x) % kWarp * 16;
+    // All lanes write what one has seen to be free. A vote is no fence.
+    __syncwarp();
 #pragma unroll 1
     for (unsigned left = __ballot_sync(kWholeWarp, asks); left; left &= left - 1) {
         const int lane = __ffs(static_cast<int>(left)) - 1;

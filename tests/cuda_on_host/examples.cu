@@ -15,6 +15,9 @@ EXPORT void set_processors(int processors) {
 EXPORT void set_copies_in_bulk(int in_bulk) {
     cuda_on_host::copies_in_bulk = in_bulk != 0;
 }
+EXPORT long long copied_bytes() {
+    return cuda_on_host::copied_bytes;
+}
 
 namespace {
 
@@ -65,7 +68,7 @@ __global__ void rounds(const float* in, float* buffers, unsigned* counter, int c
     }
 }
 
-// A warp's values by way of shared memory, twice: two lanes ask for the two halves.
+// A warp's values by way of shared memory, twice: two lanes ask for the two halves, in two pieces each.
 __global__ void copied(const float* in, float* out, bool waits) {
     PhaseBarrier* const barriers = reinterpret_cast<PhaseBarrier*>(dynamic_shared());
     float* const values = reinterpret_cast<float*>(barriers + 2);
@@ -79,7 +82,8 @@ __global__ void copied(const float* in, float* out, bool waits) {
     for (unsigned turn = 0; turn < (waits ? 2 : 1); ++turn) {
         const char* from = reinterpret_cast<const char*>(in + turn * kWarp) + half * bytes;
         unsigned char* const to = reinterpret_cast<unsigned char*>(values) + half * bytes;
-        begin_copies(thread % (kWarp / 2) == 3, Copies<1>{to, {from}, barriers + half, 0, bytes});
+        begin_copies(thread % (kWarp / 2) == 3,
+                     Copies<2>{to, {from, from + bytes / 2}, barriers + half, bytes / 2, bytes / 2});
         if (waits) wait_for_phase(barriers + half, turn % 2);
         out[turn * kWarp + threadIdx.x] = values[thread];
         __syncthreads();

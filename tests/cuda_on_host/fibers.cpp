@@ -25,6 +25,7 @@ namespace cuda_on_host {
 unsigned order = 0;
 int processors = 3;
 bool copies_in_bulk = true;
+int64_t copied_bytes = 0;
 
 namespace {
 
@@ -233,6 +234,7 @@ class Scheduler {
         for (const Copy& copy : barrier.copies) {
             std::memcpy(copy.to, copy.from, copy.bytes);
             barrier.bytes -= static_cast<int64_t>(copy.bytes);
+            copied_bytes += static_cast<int64_t>(copy.bytes);
         }
         barrier.copies.clear();
         if (barrier.arrives_with_copies > barrier.missing)
@@ -407,6 +409,7 @@ void run(const Launch& launch, const std::function<void()>& body) {
     const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
     Scheduler own(launch, body);
     scheduler = &own;
+    copied_bytes = 0;
     blockDim = launch.block;
     gridDim = launch.grid;
     own.run();

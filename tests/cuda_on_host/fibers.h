@@ -54,6 +54,8 @@ extern unsigned order;
 extern int processors;
 // Whether it has a unit that copies in bulk.
 extern bool copies_in_bulk;
+// How many bytes the latest launch has copied to shared memory.
+extern int64_t copied_bytes;
 
 }  // namespace cuda_on_host
 

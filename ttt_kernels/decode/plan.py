@@ -42,7 +42,7 @@ class Plan:
     def __init__(self, stack: Stack) -> None:
         self.table = array("q", [value for layer in stack.layers for value in _row(layer)])
         self.refusal = _refusal(stack)
-        self._tensors = [t for layer in stack.layers for t in tensors(layer) if t is not None]
+        self._tensors = [t for _, t in named(stack)]
         self._addresses = self._current()
 
     def _current(self) -> list[int]:
