@@ -720,7 +720,7 @@ def recorded_by(monkeypatch: pytest.MonkeyPatch, run: Callable[..., None]) -> No
     """Has the engine read as on a GPU, with something else than graphs."""
     lane = SimpleNamespace(active=nullcontext, mark=lambda: None, wait=lambda mark: None)
     monkeypatch.setattr(graphs, "available", lambda device: True)
-    monkeypatch.setattr(graphs, "lanes", lambda device: graphs.Lanes(lane, lane))
+    monkeypatch.setattr(graphs, "lanes", lambda device: graphs.Lanes(lane, lane, lane))
     monkeypatch.setattr(Ops, "recordable", property(lambda ops: "reference" not in ops.backends))
     monkeypatch.setattr(Recordings, "run", run)
 
