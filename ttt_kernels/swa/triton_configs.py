@@ -260,7 +260,7 @@ _WIDE: Table = {
     "backward_keys": {128: (_exact(32, 32, 4),), 256: (_exact(32, 32, 8),)},
     "along": {128: (_exact(32, 16, 8),), 256: (_exact(16, 16, 8),)},
     "double_backward_queries": {256: (_exact(32, 16, 8),)},
-    "double_backward_keys": {80: (_exact(16, 16, 4),), 128: (_exact(16, 32, 8),), 256: (_exact(16, 16, 4),)},
+    "double_backward_keys": {80: (_exact(16, 16, 4),), 128: (_exact(16, 32, 8),), 256: (_exact(32, 16, 8),)},
     "jvp_forward": {256: (_exact(16, 16, 8),)},
     "jvp_backward_queries": {64: (_exact(32, 16, 8),), 256: (_exact(16, 16, 8),)},
     "jvp_backward_keys": {256: (_exact(16, 16, 4),)},
