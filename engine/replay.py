@@ -100,7 +100,7 @@ class ReplayReader(Reader):
         try:
             super()._read_slabs(tokens, nll)
         finally:
-            # Of what was given up halfway too: the caller's memory is used until then.
+            # Of what was given up halfway too: the caller's memory and the workspace's are used until then.
             for lane in others:
                 main.wait(lane.mark())
 
