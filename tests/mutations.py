@@ -436,7 +436,7 @@ MUTATIONS = (
              "test_backward"),
     Mutation("Triton: heads, reciprocals of the first sequence", R_HEADS,
              "tl.load(p_rstd + ((sequence * T + b_t)", "tl.load(p_rstd + ((b_t)", "test_backward"),
-    Mutation("replay: keys that are not there are not copied", REPLAY, "mine.copy_(new)", "pass", REPLAYED),
+    Mutation("sweep: keys that are not there are not copied", CACHES, "mine.copy_(new)", "pass", SWEEPS),
     Mutation("Triton: SGD, squares in float32", C_SUMS, "b_gg += b_g * b_g",
              "b_gg += (b_g.to(tl.float32) * b_g.to(tl.float32)).to(tl.float64)", "test_norm_of_extreme"),
     Mutation("Triton: SGD, the threshold in float32", C_SUMS, "threshold = number(max_norm)",

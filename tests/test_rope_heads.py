@@ -9,8 +9,8 @@ from torch import Tensor
 from triton_here import DEVICE, needs_triton
 
 from engine.blocks import attention_forward
+from engine.caches import FixedRows
 from engine.ops import Ops
-from engine.replay import _Rows
 from engine.weights import for_inference
 from engine.window import Window
 from ttt_kernels.rms_norm import reference as norm
@@ -97,11 +97,11 @@ def test_backward(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     assert torch.equal(found[:, :, 2], d_v)
 
 
-def test_a_window_takes_what_is_there_and_copies_what_is_not() -> None:
+def test_fixed_rows_take_what_is_there_and_copy_what_is_not() -> None:
     window = Window(1, 2, 4, 6, 6, torch.empty(0, device=DEVICE))
     window.k.zero_()
     window.v.zero_()
-    cache = _Rows(window, 2)
+    cache = FixedRows(window.k, window.v, 2)
     k, v = cache.rows(3)
     k.fill_(1)
     keys, values = cache.extend(k, torch.full_like(v, 2))
@@ -140,7 +140,9 @@ def test_keys_and_values_are_left_where_a_static_cache_wants_them(monkeypatch: p
 
     monkeypatch.setattr(heads, "forward", logged)
     with torch.no_grad():
-        found, _ = attention_forward(ops, w, x, positions, _Rows(static, 0), 4, for_backward=False)
+        found, _ = attention_forward(
+            ops, w, x, positions, FixedRows(static.k, static.v, 0), 4, for_backward=False
+        )
         expected, _ = attention_forward(ops, w, x, positions, other, 4, for_backward=False)
     assert [t.data_ptr() for t in given[0]] == [static.k.data_ptr(), static.v.data_ptr()]
     assert given[1] is None
