@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from engine.ops import Ops
 from engine.weights import BlockWeights, MLPWeights
+from ttt_kernels.registry import unrecorded
 from ttt_kernels.swiglu.reference import Factors
 
 
@@ -154,12 +154,12 @@ def mlp_backward(
     """Gradients of the branch's input, where wanted, and of its matrices, where `masters` are given.
 
     These have the masters' dtype, to which products are not rounded to the matrices' first unless a graph is recorded.
-    `kept` takes their factors.
+    `kept` takes their factors; only where none is.
     """
     dy = ops.norm_backward(dx, tape.y, w.post_norm, tape.post_rstd)
     arguments = (dy, tape.h, matrices, tape.gate, tape.up)
     grads: Sequence[Tensor | None]
-    if masters is None or torch.is_grad_enabled():
+    if masters is None or not unrecorded((dy, tape.h, *matrices)):
         dh, *grads = ops.mlp_backward(*arguments, of_input=of_input, of_weights=masters is not None)
     else:
         dh, factors = ops.mlp_backward_factored(*arguments, of_input=of_input)

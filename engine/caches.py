@@ -1,4 +1,4 @@
-"""Keys and values of earlier tokens, as graphs need them: never written in place."""
+"""Keys and values of earlier tokens as a sequence is read in parts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,28 @@ from torch import Tensor
 from engine.config import TTTConfig
 
 
+class FixedRows:
+    """A `blocks.StaticCache` over (B, n, H, D): new rows go to `start`, and are seen with those from `first` on."""
+
+    def __init__(self, keys: Tensor, values: Tensor, start: int, first: int = 0) -> None:
+        self._keys, self._values, self._start, self._first = keys, values, start, first
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """See `engine.blocks.Cache`."""
+        for mine, new in zip(self.rows(k.shape[1]), (k, v), strict=True):
+            if mine.data_ptr() != new.data_ptr():
+                mine.copy_(new)
+        seen = slice(self._first, self._start + k.shape[1])
+        return self._keys[:, seen], self._values[:, seen]
+
+    def rows(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """See `engine.blocks.StaticCache`."""
+        new = slice(self._start, self._start + tokens)
+        return self._keys[:, new], self._values[:, new]
+
+
 class RecordedCache:
-    """Keys and values (B, n, H, D) of earlier tokens, and after one `extend` those of new ones."""
+    """Keys and values (B, n, H, D) of earlier tokens, and after one `extend` those of new ones; for graphs."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.past = [keys, values]

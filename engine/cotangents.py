@@ -14,20 +14,11 @@ def leaf(t: Tensor) -> Tensor:
     return t.detach().requires_grad_()
 
 
-def pulled(
-    results: Iterable[tuple[Tensor, Tensor | None]], leaves: Sequence[Tensor], *, zeros: bool = False
-) -> tuple[Any, ...]:
-    """Cotangents of the leaves of a graph, from its results with theirs, None being zero.
-
-    Those that nothing reaches are None, or with `zeros` tensors of them.
-    """
+def pulled(results: Iterable[tuple[Tensor, Tensor | None]], leaves: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Cotangents of the leaves of a graph, from its results with theirs, None being zero on both sides."""
     given = [(result, g.to(result.dtype)) for result, g in results if g is not None]
     return torch.autograd.grad(
-        [result for result, _ in given],
-        leaves,
-        [g for _, g in given],
-        allow_unused=True,
-        materialize_grads=zeros,
+        [result for result, _ in given], leaves, [g for _, g in given], allow_unused=True
     )
 
 

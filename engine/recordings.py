@@ -26,20 +26,22 @@ class Recordings:
     def __init__(self, device: torch.device) -> None:
         self.lanes = graphs.lanes(device)
         self._replays: dict[tuple[object, ...], Replay] = {}
-        self._used: list[Any] = []
+        self._used: Any = None
         self._lock = threading.Lock()
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """The context in which one uses the memory, behind all before: maybe of other threads and on other streams."""
+        """The context in which one uses the memory, behind all before: maybe of other threads and on other streams.
+
+        Whoever gives work to lanes beside `main` has that wait for them, what is given up halfway included.
+        """
         with self._lock:
-            for mark in self._used:
-                self.lanes.main.wait(mark)
+            if self._used is not None:
+                self.lanes.main.wait(self._used)
             try:
                 yield
             finally:
-                # Of all lanes, because what was given up halfway has not brought them together.
-                self._used = [lane.mark() for lane in self.lanes]
+                self._used = self.lanes.main.mark()
 
     def run(self, lane: Lane, key: tuple[object, ...], work: Callable[[], None]) -> None:
         """Runs `work` on a lane that is active, or what was recorded of it under the same key.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine import graphs
 from engine.blocks import Cache, prefix_forward, suffix_forward
+from engine.caches import FixedRows
 from engine.inner import inner_forward, inner_gradient, inner_update_
 from engine.ops import IGNORED, Ops
 from engine.prefill import Reader
@@ -55,26 +56,6 @@ def _replays(model: TTTModel, ops: Ops, tokens: int) -> bool:
     return graphs.available(device) and ops.recordable and not model.final_norm.is_inference()
 
 
-class _Rows:
-    """A window's memory at a fixed place: new rows go there, and their queries see it and all before it."""
-
-    def __init__(self, window: Window, start: int) -> None:
-        self._window, self._start = window, start
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """See `engine.blocks.Cache`."""
-        for mine, new in zip(self.rows(k.shape[1]), (k, v), strict=True):
-            if mine.data_ptr() != new.data_ptr():
-                mine.copy_(new)
-        end = self._start + k.shape[1]
-        return self._window.k[:, :end], self._window.v[:, :end]
-
-    def rows(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """See `engine.blocks.StaticCache`."""
-        end = self._start + tokens
-        return self._window.k[:, self._start : end], self._window.v[:, self._start : end]
-
-
 def _add_rows(windows: Sequence[Window], tokens: int) -> int:
     """Makes room in windows that have read the same tokens; returns the first of the new rows."""
     starts = {window.add_rows(tokens) for window in windows}
@@ -100,7 +81,7 @@ class ReplayReader(Reader):
         try:
             super()._read_slabs(tokens, nll)
         finally:
-            # Of what was given up halfway too: the caller's memory is used until then.
+            # Of what was given up halfway too: the caller's memory and the workspace's are used until then.
             for lane in others:
                 main.wait(lane.mark())
 
@@ -201,4 +182,4 @@ class ReplayReader(Reader):
 
     @staticmethod
     def _rows(windows: Sequence[Window], start: int) -> list[Cache]:
-        return [_Rows(window, start) for window in windows]
+        return [FixedRows(window.k, window.v, start) for window in windows]

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from engine import graphs
-from engine.blocks import Cache
-from engine.caches import by_cache, limit
+from engine.caches import FixedRows, by_cache, limit
 from engine.cotangents import leaf
 from engine.inner import flat, inner_forward, inner_gradient, inner_update_
 from engine.profiling import stage
@@ -153,7 +152,8 @@ class ReplaySweep:
     def _learn(self, seen: int) -> None:
         loop, space = self._loop, self._space
         ops, config, fast = loop.ops, loop.config, space.fast
-        caches: list[Cache] = [_Rows(k, v, seen) for k, v in by_cache(list(space.rows.unbind()))]
+        own = space.rows.shape[2] - config.mini_batch_size
+        caches = [FixedRows(*pair, own, own - seen) for pair in by_cache(space.rows.unbind())]
         arguments = (space.x, space.positions, space.targets, caches)
         read = inner_forward(ops, config, space.weights, fast, *arguments)
         for mine, theirs in ((space.nll, read.nll), (space.slope, read.slope), (space.lse, read.lse)):
@@ -219,16 +219,3 @@ def _step_on(sums: Tensor, d_past: Tensor, own: int) -> None:
             d_past[:, start - first : stop - first],
             out=sums[:, start:stop],
         )
-
-
-class _Rows:
-    """A cache at the end of static rows (B, W - 1 + b, H, D), of which the last before a mini-batch's own are seen."""
-
-    def __init__(self, keys: Tensor, values: Tensor, seen: int) -> None:
-        self._keys, self._values, self._seen = keys, values, seen
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """See `engine.blocks.Cache`."""
-        own = self._keys.shape[1] - k.shape[1]
-        self._keys[:, own:], self._values[:, own:] = k, v
-        return self._keys[:, own - self._seen :], self._values[:, own - self._seen :]

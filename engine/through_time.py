@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engine import once
-from engine.caches import by_cache, first_seen, limit
+from engine.caches import FixedRows, by_cache, first_seen, limit
 from engine.config import TTTConfig
 from engine.cotangents import RowCotangents, Totals, leaf
 from engine.inner import (
@@ -100,18 +100,6 @@ def run(loop: Loop, x: Tensor, masters: Fast, past: Sequence[Tensor]) -> tuple[T
         sweep = Sweep(loop, x, past, goes_back=goes_back)
     nll, *results = once.swept(sweep, x, *past, *slow, *flat(masters))
     return nll, by_block(results[:count]), results[count:]
-
-
-class _Rows:
-    """A cache over the rows of all keys and values, at one mini-batch: new ones are written in place."""
-
-    def __init__(self, keys: Tensor, values: Tensor, seen: slice, own: slice) -> None:
-        self._keys, self._values, self._seen, self._own = keys, values, seen, own
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """See `engine.blocks.Cache`."""
-        self._keys[:, self._own], self._values[:, self._own] = k, v
-        return self._keys[:, self._seen], self._values[:, self._seen]
 
 
 class Sweep:
@@ -212,7 +200,7 @@ class Sweep:
     def _step(self, index: int, fast: FastWeights, factors: list[Factors] | None) -> InnerStep:
         loop, part = self._loop, self._parts[index]
         own, seen = self._in_rows(part), self._in_rows(self._seen(part))
-        caches = [_Rows(*pair, seen, own) for pair in by_cache(self._rows)]
+        caches = [FixedRows(*pair, own.start, seen.start) for pair in by_cache(self._rows)]
         return inner_step(
             loop.ops, loop.config, self._weights, fast, self._x[:, part], loop.positions[part],
             loop.targets[:, part], caches, loop.lr, kept=factors,

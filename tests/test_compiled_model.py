@@ -45,6 +45,17 @@ def test_the_meta_objective_is_one_graph(backend: str) -> None:
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_so_is_its_evaluation(backend: str) -> None:
+    """No kernel is called past its operator while a graph is made."""
+    m, options = small(), {"method": "graph", "checkpoint_blocks": False, "backend": backend}
+    compiled = torch.compile(
+        lambda tokens: m.loss(tokens, **options).nll, backend="aot_eager", fullgraph=True
+    )
+    torch.testing.assert_close(compiled(stream(17)), m.loss(stream(17), **options).nll, rtol=2e-5, atol=2e-6)
+
+
 def test_sweeps_stay_as_they_are() -> None:
     m = small()
     for a, b in zip(*(loss_and_gradients(m, compiled=c) for c in (True, False)), strict=True):

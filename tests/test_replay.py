@@ -16,6 +16,7 @@ from test_prefill import assert_same_fast
 from engine import TTTModel, graphs
 from engine.ops import Ops
 from engine.prefill import PrefillOutput
+from engine.recordings import Recordings
 from engine.state import State
 from engine.weights import for_inference
 from engine.workspace import workspace
@@ -171,6 +172,19 @@ def test_a_failed_call_leaves_the_state_as_it_was(device: Emulation, monkeypatch
             read(m, tokens[:, 20:], state, [], device)
     got, want = read(m, tokens[:, 20:], state, [], device), read(m, tokens[:, 20:], plain, [])
     assert_same(m, got, state, want, plain)
+
+
+def test_the_next_user_waits(device: Emulation) -> None:
+    with device:
+        space, x = Recordings(torch.device("cpu")), torch.ones(3)
+        with space.in_turn():
+            x.add_(1)
+        # One whose own stream is another.
+        other = space.lanes.first
+        space.lanes = space.lanes._replace(main=other)
+        with other.active(), space.in_turn():
+            x.add_(1)
+    assert x.tolist() == [3] * 3
 
 
 def test_without_a_window_nothing_is_recorded(device: Emulation) -> None:

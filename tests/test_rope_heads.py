@@ -1,13 +1,17 @@
 """Queries, keys and values of an attention branch in one Triton kernel, and back: against the formulas in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from small_model import model
 from torch import Tensor
 from triton_here import DEVICE, needs_triton
 
+from engine.blocks import attention_forward
+from engine.caches import FixedRows
 from engine.ops import Ops
-from engine.replay import _Rows
+from engine.weights import for_inference
 from engine.window import Window
 from ttt_kernels.rms_norm import reference as norm
 from ttt_kernels.rope import heads
@@ -93,11 +97,11 @@ def test_backward(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     assert torch.equal(found[:, :, 2], d_v)
 
 
-def test_a_window_takes_what_is_there_and_copies_what_is_not() -> None:
+def test_fixed_rows_take_what_is_there_and_copy_what_is_not() -> None:
     window = Window(1, 2, 4, 6, 6, torch.empty(0, device=DEVICE))
     window.k.zero_()
     window.v.zero_()
-    cache = _Rows(window, 2)
+    cache = FixedRows(window.k, window.v, 2)
     k, v = cache.rows(3)
     k.fill_(1)
     keys, values = cache.extend(k, torch.full_like(v, 2))
@@ -121,3 +125,25 @@ def test_where_a_graph_is_built_operators_are_recorded(monkeypatch: pytest.Monke
     assert recorded[0].requires_grad
     for mine, theirs in zip(fused, recorded, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+
+
+def test_keys_and_values_are_left_where_a_static_cache_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = model().to(DEVICE)
+    ops, w, positions = Ops(m, "triton"), for_inference(m).prefix[0], torch.arange(3, device=DEVICE)
+    x = torch.randn(2, 3, m.config.hidden_size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    static, other = (Window(2, m.config.num_heads, m.config.head_dim, 6, 6, x[:0]) for _ in range(2))
+    forward, given = heads.forward, []
+
+    def logged(*arguments: Any) -> Any:
+        given.append(arguments[-1])
+        return forward(*arguments)
+
+    monkeypatch.setattr(heads, "forward", logged)
+    with torch.no_grad():
+        found, _ = attention_forward(
+            ops, w, x, positions, FixedRows(static.k, static.v, 0), 4, for_backward=False
+        )
+        expected, _ = attention_forward(ops, w, x, positions, other, 4, for_backward=False)
+    assert [t.data_ptr() for t in given[0]] == [static.k.data_ptr(), static.v.data_ptr()]
+    assert given[1] is None
+    assert torch.equal(found, expected)

@@ -120,7 +120,7 @@ class Operator:
         if backend == "reference":
             return self.kernels["reference"][order](*arguments)
         tensors = _tensors(arguments)
-        if not torch.compiler.is_compiling() and _plain_tensors(tensors):
+        if _plain_tensors(tensors):
             return self.kernels[backend][order](*arguments)
         return self._record(order, registered, arguments, backend)
 
@@ -355,11 +355,11 @@ def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
 
 def _plain_tensors(tensors: Sequence[Tensor]) -> bool:
     """Whether nothing records, traces or transforms these tensors, and memory holds their values as they are."""
-    return not torch._C._len_torch_dispatch_stack() and unrecorded(tensors)
+    return unrecorded(tensors) and not torch._C._len_torch_dispatch_stack()
 
 
 def unrecorded(tensors: Sequence[Tensor]) -> bool:
-    """As `_plain_tensors`, for kernels that are no part of an operator: who watches torch's operations sees others."""
+    """As `_plain_tensors`, for kernels of no operator: a mode that watches torch's operations does not see them."""
     if torch.compiler.is_compiling() or in_transform(tensors):
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):

@@ -1,4 +1,4 @@
-"""Cosines and sines of positions in Triton kernels, as exact as float32 is however far out a position is."""
+"""Cosines and sines of positions in Triton kernels, as exact as float32 is however far out a position is, and turns."""
 
 import triton
 import triton.language as tl
@@ -26,3 +26,26 @@ def cos_sin(b_quarters):
     b_second = tl.where(m_odd, b_cos, b_sin)
     b_first = tl.where((b_quarter == 1) | (b_quarter == 2), -b_first, b_first)
     return b_first, tl.where(b_quarter >= 2, -b_second, b_second)
+
+
+@triton.jit
+def angles(b_position, STEP: tl.constexpr, PAIRS: tl.constexpr):
+    """cos and sin (POSITIONS, PAIRS) of what positions turn pairs by: pair i by 2^(i STEP) radians a position.
+
+    STEP is constant because as an argument it would be rounded to float32.
+    """
+    b_quarters = tl.exp2(tl.arange(0, PAIRS).to(tl.float64) * STEP) * 0.6366197723675814
+    return cos_sin(b_position.to(tl.float64)[:, None] * b_quarters[None, :])
+
+
+@triton.jit
+def turned(b_x, b_cos, b_sin, POSITIONS: tl.constexpr, PAIRS: tl.constexpr):
+    """Heads (POSITIONS, 2 PAIRS) in float32, their interleaved pairs turned."""
+    b_even, b_odd = tl.split(tl.reshape(b_x, (POSITIONS, PAIRS, 2)))
+    return tl.interleave(b_even * b_cos - b_odd * b_sin, b_odd * b_cos + b_even * b_sin)
+
+
+@triton.jit
+def rows_of_head(b_t, T, head, H: tl.constexpr):
+    """The mask (POSITIONS, 1) of the positions of a head, none where there is no such head."""
+    return (b_t < tl.where(head < H, T, 0))[:, None]

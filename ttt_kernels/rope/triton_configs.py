@@ -1,4 +1,4 @@
-"""How the rotation's Triton kernel divides its work: positions and heads of a program."""
+"""How the rotation's Triton kernels divide their work: positions and heads of a program."""
 
 from functools import cache
 
@@ -19,14 +19,19 @@ def configs(head_dim: int, heads: int) -> tuple[Config, ...]:
     A thread turns 16 bytes of bfloat16 of each head; the more heads a program has, the more of its loads are under
     way at once and the fewer of its instructions are for angles.
     """
+    return _chosen(head_dim, heads, ((4, 4), (4, 8), (2, 4)))
+
+
+def _chosen(head_dim: int, heads: int, sizes: tuple[tuple[int, int], ...]) -> tuple[Config, ...]:
+    """`sizes`: warps of a compiled program, and how many heads it has at most."""
     pairs = padded_pairs(head_dim)
-    return (_config(4, pairs, min(2, heads), 1),) if interpreted() else _compiled(pairs, heads)
+    return (_config(4, pairs, min(2, heads), 1),) if interpreted() else _compiled(pairs, heads, sizes)
 
 
 @cache
-def _compiled(pairs: int, heads: int) -> tuple[Config, ...]:
+def _compiled(pairs: int, heads: int, sizes: tuple[tuple[int, int], ...]) -> tuple[Config, ...]:
     found = []
-    for warps, most in ((4, 4), (4, 8), (2, 4)):
+    for warps, most in sizes:
         positions = max(1, warps * 32 * 4 // pairs)
         found.append(_config(positions, pairs, min(most, 1 << (heads - 1).bit_length()), warps))
     return tuple(dict.fromkeys(found))
@@ -42,14 +47,4 @@ WIDEST_HEAD = 256
 
 def configs_of_heads(head_dim: int, heads: int) -> tuple[Config, ...]:
     """With what the kernels of triton_heads.py can be launched, the safest first; as `configs`."""
-    pairs = padded_pairs(head_dim)
-    return (_config(4, pairs, min(2, heads), 1),) if interpreted() else _compiled_of_heads(pairs, heads)
-
-
-@cache
-def _compiled_of_heads(pairs: int, heads: int) -> tuple[Config, ...]:
-    found = []
-    for warps, most in ((4, 2), (4, 4), (4, 1)):
-        positions = max(1, warps * 32 * 4 // pairs)
-        found.append(_config(positions, pairs, min(most, 1 << (heads - 1).bit_length()), warps))
-    return tuple(dict.fromkeys(found))
+    return _chosen(head_dim, heads, ((4, 2), (4, 4), (4, 1)))

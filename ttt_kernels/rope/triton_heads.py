@@ -8,7 +8,8 @@ strides of sequences, positions and heads.
 import triton
 import triton.language as tl
 
-from ttt_kernels.rope.triton_angles import cos_sin
+from ttt_kernels.rms_norm.triton_rows import load_vector, mean
+from ttt_kernels.rope.triton_angles import angles, rows_of_head, turned
 from ttt_kernels.triton_values import narrow
 
 
@@ -23,17 +24,9 @@ def _place(T, H: tl.constexpr, POSITIONS: tl.constexpr, HEADS: tl.constexpr):
 
 
 @triton.jit
-def _angles(p_positions, b_t, T, STEP: tl.constexpr, PAIRS: tl.constexpr):
-    """cos and sin (POSITIONS, PAIRS) of what each position turns each pair by; see `triton_kernels.rotate`."""
-    b_position = tl.load(p_positions + b_t, mask=b_t < T, other=0)
-    b_quarters = tl.exp2(tl.arange(0, PAIRS).to(tl.float64) * STEP) * 0.6366197723675814
-    return cos_sin(b_position.to(tl.float64)[:, None] * b_quarters[None, :])
-
-
-@triton.jit
 def _inside(b_t, T, head, H: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr):
     """The mask of a head's elements, none where there is no such head."""
-    m_inside = (b_t < tl.where(head < H, T, 0))[:, None]
+    m_inside = rows_of_head(b_t, T, head, H)
     if D != 2 * PAIRS:
         m_inside = m_inside & (tl.arange(0, 2 * PAIRS) < D)[None, :]
     return m_inside
@@ -47,35 +40,17 @@ def _at(t, sequence, b_t, head, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _vector(p_x, D: tl.constexpr, PAIRS: tl.constexpr):
-    """What all heads share, (1, 2 PAIRS) in float32."""
-    b_column = tl.arange(0, 2 * PAIRS)
-    return tl.load(p_x + b_column, mask=b_column < D, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _turned(b_x, b_cos, b_sin, POSITIONS: tl.constexpr, PAIRS: tl.constexpr):
-    b_even, b_odd = tl.split(tl.reshape(b_x, (POSITIONS, PAIRS, 2)))
-    return tl.interleave(b_even * b_cos - b_odd * b_sin, b_odd * b_cos + b_even * b_sin)
-
-
-@triton.jit
-def _mean(b_x, D: tl.constexpr):
-    return tl.sum(b_x, 1)[:, None] * (1.0 / D)
-
-
-@triton.jit
 def _forward(
     b_raw, b_weight, b_cos, b_sin, t_y, p_rstd, sequence, b_t, head, T, eps,
     H: tl.constexpr, D: tl.constexpr, POSITIONS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """One head of queries or keys."""
     b_x = b_raw.to(tl.float32)
-    b_r = tl.div_rn(1.0, tl.sqrt_rn(_mean(b_x * b_x, D) + eps))
-    b_y = _turned(b_x * b_r * b_weight, b_cos, b_sin, POSITIONS, PAIRS)
+    b_r = tl.div_rn(1.0, tl.sqrt_rn(mean(b_x * b_x, D) + eps))
+    b_y = turned(b_x * b_r * b_weight, b_cos, b_sin, POSITIONS, PAIRS)
     m_inside = _inside(b_t, T, head, H, D, PAIRS)
     tl.store(_at(t_y, sequence, b_t, head, PAIRS), narrow(b_y, t_y[0].dtype.element_ty), mask=m_inside)
-    m_row = (b_t < tl.where(head < H, T, 0))[:, None]
+    m_row = rows_of_head(b_t, T, head, H)
     tl.store(p_rstd + ((sequence * T + b_t) * H + head)[:, None], b_r, mask=m_row)
 
 
@@ -87,9 +62,9 @@ def forward(
 ):  # fmt: skip
     """q and k normalized and turned, their reciprocal root mean squares, and v where it goes unless t_v is None."""
     sequence, b_t, first = _place(T, H, POSITIONS, HEADS)
-    b_cos, b_sin = _angles(p_positions, b_t, T, STEP, PAIRS)
-    b_wq = _vector(p_q_weight, D, PAIRS)
-    b_wk = _vector(p_k_weight, D, PAIRS)
+    b_cos, b_sin = angles(tl.load(p_positions + b_t, mask=b_t < T, other=0), STEP, PAIRS)
+    b_wq = load_vector(p_q_weight, D, 2 * PAIRS)
+    b_wk = load_vector(p_k_weight, D, 2 * PAIRS)
     # No load waits for a store that it might read from.
     b_heads = ()
     for i in tl.static_range(HEADS):
@@ -119,11 +94,11 @@ def _backward(
     H: tl.constexpr, D: tl.constexpr, POSITIONS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """One head of queries or keys: the gradient turned back, then dx = r (w dy - h mean(w dy h))."""
-    m_row = (b_t < tl.where(head < H, T, 0))[:, None]
+    m_row = rows_of_head(b_t, T, head, H)
     b_r = tl.load(p_rstd + ((sequence * T + b_t) * H + head)[:, None], mask=m_row, other=0.0)
-    b_dh = _turned(b_dy.to(tl.float32), b_cos, -b_sin, POSITIONS, PAIRS) * b_weight
+    b_dh = turned(b_dy.to(tl.float32), b_cos, -b_sin, POSITIONS, PAIRS) * b_weight
     b_h = b_raw.to(tl.float32) * b_r
-    b_dx = b_r * (b_dh - b_h * _mean(b_dh * b_h, D))
+    b_dx = b_r * (b_dh - b_h * mean(b_dh * b_h, D))
     m_inside = _inside(b_t, T, head, H, D, PAIRS)
     tl.store(_at(t_dx, sequence, b_t, head, PAIRS), narrow(b_dx, t_dx[0].dtype.element_ty), mask=m_inside)
 
@@ -136,9 +111,9 @@ def backward(
 ):  # fmt: skip
     """Gradients of what `forward` was given; that of v is copied."""
     sequence, b_t, first = _place(T, H, POSITIONS, HEADS)
-    b_cos, b_sin = _angles(p_positions, b_t, T, STEP, PAIRS)
-    b_wq = _vector(p_q_weight, D, PAIRS)
-    b_wk = _vector(p_k_weight, D, PAIRS)
+    b_cos, b_sin = angles(tl.load(p_positions + b_t, mask=b_t < T, other=0), STEP, PAIRS)
+    b_wq = load_vector(p_q_weight, D, 2 * PAIRS)
+    b_wk = load_vector(p_k_weight, D, 2 * PAIRS)
     b_heads = ()
     for i in tl.static_range(HEADS):
         m_inside = _inside(b_t, T, first + i, H, D, PAIRS)

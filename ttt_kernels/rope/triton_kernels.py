@@ -7,7 +7,7 @@ POSITIONS rows of `PAIRS` pairs, the D/2 of a head padded to a power of two.
 import triton
 import triton.language as tl
 
-from ttt_kernels.rope.triton_angles import cos_sin
+from ttt_kernels.rope.triton_angles import angles, rows_of_head, turned
 from ttt_kernels.triton_values import narrow
 
 
@@ -40,8 +40,7 @@ def _store(
     """What `_load` gave, turned."""
     dtype: tl.constexpr = p_y.dtype.element_ty
     if INTERLEAVED:
-        b_even, b_odd = tl.split(tl.reshape(b_x[0].to(tl.float32), (POSITIONS, PAIRS, 2)))
-        b_y = tl.interleave(b_even * b_cos - b_odd * b_sin, b_odd * b_cos + b_even * b_sin)
+        b_y = turned(b_x[0].to(tl.float32), b_cos, b_sin, POSITIONS, PAIRS)
         b_column, m_inside = _columns(m_row, D, 2 * PAIRS)
         tl.store(p_y + b_column, narrow(b_y, dtype), mask=m_inside)
     else:
@@ -52,23 +51,13 @@ def _store(
         tl.store(p_y + D // 2 + b_column, narrow(b_high * b_cos + b_low * b_sin, dtype), mask=m_inside)
 
 
-@triton.jit
-def _positions(b_t, T, head, H: tl.constexpr):
-    """The mask of the positions of a head, none where there is no such head."""
-    return (b_t < tl.where(head < H, T, 0))[:, None]
-
-
 @triton.jit(do_not_specialize=["T"])
 def rotate(
     t_x, t_positions, p_y, T,
     H: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
     POSITIONS: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """y (B, T, H, D), contiguous: x turned by its positions, or back.
-
-    A position turns pair i by 2^(i STEP) radians. STEP is constant because as an argument it would be rounded to
-    float32.
-    """
+    """y (B, T, H, D), contiguous: x turned by its positions, or back; STEP as in `angles`."""
     groups = (H + HEADS - 1) // HEADS
     blocks = tl.cdiv(T, POSITIONS)
     index = tl.program_id(0)
@@ -79,8 +68,7 @@ def rotate(
     b_position = tl.load(
         t_positions[0] + sequence * t_positions[1] + b_long * t_positions[2], mask=b_t < T, other=0
     )
-    b_quarters = tl.exp2(tl.arange(0, PAIRS).to(tl.float64) * STEP) * 0.6366197723675814
-    b_cos, b_sin = cos_sin(b_position.to(tl.float64)[:, None] * b_quarters[None, :])
+    b_cos, b_sin = angles(b_position, STEP, PAIRS)
     if INVERSE:
         b_sin = -b_sin
     p_row = t_x[0] + sequence * t_x[1] + b_long[:, None] * t_x[2]
@@ -89,7 +77,7 @@ def rotate(
     b_heads = ()
     for i in tl.static_range(HEADS):
         p_head = p_row + (first + i).to(tl.int64) * t_x[3]
-        b_heads = b_heads + (_load(p_head, _positions(b_t, T, first + i, H), D, INTERLEAVED, PAIRS),)
+        b_heads = b_heads + (_load(p_head, rows_of_head(b_t, T, first + i, H), D, INTERLEAVED, PAIRS),)
     for i in tl.static_range(HEADS):
-        m_row = _positions(b_t, T, first + i, H)
+        m_row = rows_of_head(b_t, T, first + i, H)
         _store(p_out + (first + i) * D, b_heads[i], b_cos, b_sin, m_row, D, INTERLEAVED, POSITIONS, PAIRS)
