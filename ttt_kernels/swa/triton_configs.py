@@ -190,7 +190,7 @@ _AMPERE: Table = {
     },
     "jvp_backward_queries": {
         64: (config(64, 32, 8, 1),),
-        128: (config(32, 16, 8, 1),),
+        96: (config(32, 16, 8, 1),),
         256: (config(16, 16, 8, 1),),
     },
     "jvp_backward_keys": {
